@@ -1,0 +1,267 @@
+"""Rules between settings, checked before any process group exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from megakda.config.layout import chunk_layers
+from megakda.config.pattern import layer_kinds
+from megakda.config.schema import Config
+from megakda.errors import ConfigError
+
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Numbers that follow from the config and the number of ranks."""
+
+    world_size: int
+    data_parallel: int
+    expert_data_parallel: int
+    micro_batches: int  # per rank and step
+    tokens_per_step: int
+    total_tokens: int
+
+    def lines(self, config: Config) -> list[str]:
+        """How each number came about, one line each, for the start of a run."""
+        p, t = config.parallel, config.train
+        return [
+            f"ranks {self.world_size} = tensor {p.tensor} x pipeline {p.pipeline} x context "
+            f"{p.context} x data {self.data_parallel}",
+            f"experts: expert {p.expert} x expert-tensor {p.expert_tensor} x expert-data "
+            f"{self.expert_data_parallel} per pipeline stage",
+            f"micro-batches {self.micro_batches} = global batch {t.global_batch} / (micro-batch "
+            f"{t.micro_batch} x data {self.data_parallel})",
+            f"tokens per step {self.tokens_per_step:,} = global batch {t.global_batch} x context "
+            f"{t.context:,}",
+            f"tokens in all {self.total_tokens:,} = {self.tokens_per_step:,} x {t.steps:,} steps",
+        ]
+
+
+def validate(config: Config, world_size: int) -> Derived:
+    """Checks every rule that does not need data or hardware.
+
+    Args:
+        world_size: number of ranks the run has.
+
+    Raises:
+        ConfigError: names the key, the value, the rule and the remedy.
+    """
+    _check_choices(config, "")
+    _check_ranges(config)
+    _check_model(config)
+    _check_parallel(config)
+    return derive(config, world_size)
+
+
+def derive(config: Config, world_size: int) -> Derived:
+    """The numbers that depend on `world_size`.
+
+    Raises:
+        ConfigError: the ranks or the batch cannot be shared as the config asks.
+    """
+    p, t = config.parallel, config.train
+    model_ranks = p.tensor * p.pipeline * p.context
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"{world_size} ranks cannot be shared by parallel.tensor={p.tensor} x parallel.pipeline"
+            f"={p.pipeline} x parallel.context={p.context} = {model_ranks}: start a multiple of "
+            f"{model_ranks} ranks (torchrun --nproc-per-node) or lower one of them"
+        )
+    expert_ranks = p.expert * p.expert_tensor * p.pipeline
+    if world_size % expert_ranks:
+        raise ConfigError(
+            f"{world_size} ranks cannot be shared by parallel.expert={p.expert} x "
+            f"parallel.expert_tensor={p.expert_tensor} x parallel.pipeline={p.pipeline} = "
+            f"{expert_ranks}: start a multiple of {expert_ranks} ranks or lower one of them"
+        )
+    data_parallel = world_size // model_ranks
+    per_micro_step = data_parallel * t.micro_batch
+    if t.global_batch % per_micro_step:
+        down = max(1, t.global_batch // per_micro_step) * per_micro_step
+        raise ConfigError(
+            f"train.global_batch={t.global_batch} must be a multiple of data-parallel ranks x "
+            f"train.micro_batch = {data_parallel} x {t.micro_batch} = {per_micro_step}: use "
+            f"train.global_batch={down} or another train.micro_batch"
+        )
+    micro_batches = t.global_batch // per_micro_step
+    if p.virtual_pipeline > 1 and micro_batches % p.pipeline:
+        raise ConfigError(
+            f"interleaved pipelines need micro-batches in multiples of parallel.pipeline="
+            f"{p.pipeline}, but train.global_batch={t.global_batch} makes {micro_batches} per "
+            f"rank: use train.global_batch={-(-micro_batches // p.pipeline) * p.pipeline * per_micro_step}"
+            " or parallel.virtual_pipeline=1"
+        )
+    tokens_per_step = t.global_batch * t.context
+    return Derived(
+        world_size=world_size,
+        data_parallel=data_parallel,
+        expert_data_parallel=world_size // expert_ranks,
+        micro_batches=micro_batches,
+        tokens_per_step=tokens_per_step,
+        total_tokens=tokens_per_step * t.steps,
+    )
+
+
+def _check_choices(node: Any, prefix: str) -> None:
+    for item in fields(node):
+        value, key = getattr(node, item.name), f"{prefix}{item.name}"
+        if is_dataclass(value):
+            _check_choices(value, f"{key}.")
+        choices = item.metadata.get("choices")
+        if choices and value not in choices:
+            raise ConfigError(f"{key}={value}: must be one of {', '.join(choices)}")
+
+
+def _check_ranges(config: Config) -> None:
+    m, p, t, o = config.model, config.parallel, config.train, config.optim
+    positive = {
+        "model.hidden_size": m.hidden_size,
+        "model.num_layers": m.num_layers,
+        "model.num_heads": m.num_heads,
+        "model.vocab_size": m.vocab_size,
+        "model.dense_ffn": m.dense_ffn,
+        "parallel.tensor": p.tensor,
+        "parallel.pipeline": p.pipeline,
+        "parallel.virtual_pipeline": p.virtual_pipeline,
+        "parallel.context": p.context,
+        "parallel.expert": p.expert,
+        "parallel.expert_tensor": p.expert_tensor,
+        "train.steps": t.steps,
+        "train.context": t.context,
+        "train.global_batch": t.global_batch,
+        "train.micro_batch": t.micro_batch,
+        "train.guard.max_bad_steps": t.guard.max_bad_steps,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "logging.every": config.logging.every,
+        "optim.lr": o.lr,
+        "optim.eps": o.eps,
+    }
+    for key, value in positive.items():
+        if not value > 0:
+            raise ConfigError(f"{key}={value}: must be positive")
+    not_negative = {
+        "train.save_every": t.save_every,
+        "train.eval_every": t.eval_every,
+        "train.eval_batches": t.eval_batches,
+        "schedule.warmup_steps": config.schedule.warmup_steps,
+        "schedule.decay_steps": config.schedule.decay_steps,
+        "schedule.min_lr": config.schedule.min_lr,
+        "optim.weight_decay": o.weight_decay,
+        "optim.clip_grad": o.clip_grad,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise ConfigError(f"{key}={value}: must not be negative")
+    s = config.schedule
+    if s.min_lr > o.lr:
+        raise ConfigError(f"schedule.min_lr={s.min_lr}: must not exceed optim.lr={o.lr}")
+    if s.warmup_steps + s.decay_steps > t.steps or s.warmup_steps >= t.steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={s.warmup_steps} + schedule.decay_steps={s.decay_steps} do not "
+            f"fit in train.steps={t.steps}: lower them or train longer"
+        )
+    if s.style == "wsd" and not s.decay_steps and s.min_lr != o.lr and s.min_lr > 0:
+        raise ConfigError(
+            f"schedule.style=wsd with schedule.min_lr={s.min_lr} but schedule.decay_steps=0 never "
+            "decays: set schedule.decay_steps, or schedule.style=constant"
+        )
+
+
+def _check_model(config: Config) -> None:
+    m = config.model
+    kinds = layer_kinds(m.pattern, m.num_layers, m.last_layer_full)
+    if "linear" in kinds:
+        conv = m.linear.conv_kernel
+        if conv != 0 and not 2 <= conv <= 8:
+            raise ConfigError(
+                f"model.linear.conv_kernel={conv}: must be 2 to 8 taps, or 0 for no convolution"
+            )
+        bound = m.linear.gate_lower_bound
+        if m.linear.gate == "bounded" and not -5.0 <= bound < 0.0:
+            raise ConfigError(f"model.linear.gate_lower_bound={bound}: must be in [-5, 0)")
+    if m.mla.rope and m.mla.qk_shared_head_dim % 2:
+        raise ConfigError(
+            f"model.mla.qk_shared_head_dim={m.mla.qk_shared_head_dim}: must be even to be rotated "
+            "(model.mla.rope=true)"
+        )
+    if m.ffn == "moe":
+        if not 0 < m.moe.top_k <= m.moe.num_experts:
+            raise ConfigError(
+                f"model.moe.top_k={m.moe.top_k}: must be between 1 and model.moe.num_experts="
+                f"{m.moe.num_experts}"
+            )
+        if m.moe.first_dense_layers >= m.num_layers:
+            raise ConfigError(
+                f"model.moe.first_dense_layers={m.moe.first_dense_layers} leaves no MoE layer of "
+                f"model.num_layers={m.num_layers}: lower it, or set model.ffn=dense"
+            )
+
+
+def _check_parallel(config: Config) -> None:
+    m, p = config.model, config.parallel
+
+    def divisible(key: str, value: int, by: str, divisor: int, remedy: str) -> None:
+        if value % divisor:
+            raise ConfigError(f"{key}={value} must be a multiple of {by}={divisor}: {remedy}")
+
+    tensor = "lower parallel.tensor, or change the model"
+    divisible("model.num_heads", m.num_heads, "parallel.tensor", p.tensor, tensor)
+    divisible("model.vocab_size", m.vocab_size, "parallel.tensor", p.tensor, tensor)
+    divisible("model.dense_ffn", m.dense_ffn, "parallel.tensor", p.tensor, tensor)
+    chunk_layers(m, p)
+    if p.virtual_pipeline > 1 and p.pipeline == 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline={p.virtual_pipeline} needs parallel.pipeline > 1: set it "
+            "to 1, or add pipeline stages"
+        )
+    if p.context > 1:
+        raise ConfigError(
+            f"parallel.context={p.context}: the layers do not split sequences over ranks yet; use "
+            "parallel.context=1"
+        )
+    if p.tensor > 1 and p.sequence:
+        divisible(
+            "train.context",
+            config.train.context,
+            "parallel.tensor",
+            p.tensor,
+            "change train.context, or set parallel.sequence=false",
+        )
+    if m.ffn == "moe":
+        experts = "lower it, or change model.moe"
+        divisible("model.moe.num_experts", m.moe.num_experts, "parallel.expert", p.expert, experts)
+        divisible(
+            "model.moe.expert_ffn",
+            m.moe.expert_ffn,
+            "parallel.expert_tensor",
+            p.expert_tensor,
+            experts,
+        )
+        if m.moe.num_shared_experts:
+            shared = m.moe.num_shared_experts * m.moe.expert_ffn
+            divisible("shared expert width", shared, "parallel.tensor", p.tensor, tensor)
+        if p.tensor > 1 and not p.sequence:
+            raise ConfigError(
+                f"parallel.sequence=false with parallel.tensor={p.tensor} and model.ffn=moe: every "
+                "tensor-parallel rank would route all tokens again; set parallel.sequence=true, or "
+                "model.ffn=dense"
+            )
+    elif p.expert > 1 or p.expert_tensor > 1:
+        raise ConfigError(
+            f"parallel.expert={p.expert}, parallel.expert_tensor={p.expert_tensor} with "
+            "model.ffn=dense: there are no experts to split; set both to 1"
+        )
+    unknown = set(p.recompute_modules) - set(RECOMPUTE_MODULES)
+    if p.recompute == "selective" and (unknown or not p.recompute_modules):
+        raise ConfigError(
+            f"parallel.recompute_modules={list(p.recompute_modules)}: must be some of "
+            f"{', '.join(RECOMPUTE_MODULES)}"
+        )
+    if p.overlap_param_gather and not (p.distributed_optimizer and p.overlap_grad_reduce):
+        raise ConfigError(
+            "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
+            "parallel.overlap_grad_reduce=true"
+        )

@@ -1,0 +1,1 @@
+"""Token data: tokenizers, preprocessing, and checks of megatron-core's indexed format."""

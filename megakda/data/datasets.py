@@ -1,0 +1,158 @@
+"""Training and validation sequences from megatron-core's indexed datasets, at a resumable position.
+
+Which sequences a step trains on depends on the seed, the data and the number of sequences consumed
+before, never on how the ranks are laid out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from megakda.config.schema import Config
+from megakda.data.corpus import prepare_stdlib
+from megakda.data.indexed import check_indexed
+from megakda.data.tokenizer import Tokenizer, load_tokenizer
+from megakda.errors import ConfigError, DataError
+
+Batch = dict[str, torch.Tensor]
+
+
+def prepare_data(config: Config) -> Tokenizer:
+    """Loads the tokenizer, makes the data set where the recipe asks for it, and checks every file.
+
+    Needs no process group; one rank calls it before the others start to wait for each other.
+
+    Raises:
+        ConfigError: no data paths, or weights that do not match them.
+        DataError: files that are missing, torn, or made with another tokenizer.
+    """
+    data = config.data
+    if not data.paths:
+        raise ConfigError(
+            f"data.paths is empty (data={data.name}): list the prefixes that tools/"
+            "preprocess_data.py has written, as in data.paths=[corpus/a,corpus/b]"
+        )
+    if data.weights is not None and (
+        len(data.weights) != len(data.paths) or min(data.weights) < 0 or sum(data.weights) <= 0
+    ):
+        raise ConfigError(
+            f"data.weights={list(data.weights)}: needs one non-negative number for each of the "
+            f"{len(data.paths)} data.paths, not all zero"
+        )
+    tokenizer = load_tokenizer(data.tokenizer)
+    if data.prepare == "stdlib" and not Path(f"{data.paths[0]}.idx").exists():
+        if len(data.paths) != 1:
+            raise ConfigError(f"data.prepare=stdlib makes one data set, not {len(data.paths)}")
+        target = Path(data.paths[0])
+        made = prepare_stdlib(target.parent, data.tokenizer)
+        if made != target:
+            raise ConfigError(
+                f"data.paths=[{target}]: data.prepare=stdlib writes {made}; name that path"
+            )
+    for path in data.paths:
+        check_indexed(path, tokenizer, config.model.vocab_size)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """`train` and `valid` sequences; `valid` is None where no validation was asked for."""
+
+    train: Any
+    valid: Any | None
+
+
+def build_datasets(config: Config, tokenizer: Tokenizer) -> Datasets:
+    """megatron-core's datasets over `data.paths`, index files cached on disk.
+
+    A collective call: rank 0 writes the index files, then the others read them.
+
+    Raises:
+        DataError: the corpus is too small for the split or the context length.
+    """
+    data, train = config.data, config.train
+    cache = Path(data.cache) if data.cache else Path(data.paths[0]).parent / "cache"
+    weights = list(data.weights) if data.weights is not None else None
+    settings = GPTDatasetConfig(
+        random_seed=train.seed,
+        sequence_length=train.context,
+        blend=([str(path) for path in data.paths], weights),
+        split=data.split,
+        path_to_cache=str(cache),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    sizes = [train.steps * train.global_batch, train.eval_batches * train.global_batch, 0]
+    try:
+        train_set, valid_set, _ = BlendedMegatronDatasetBuilder(
+            GPTDataset, sizes, lambda: True, settings
+        ).build()
+    except (AssertionError, IndexError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"data.paths={list(data.paths)} cannot be cut into sequences of train.context="
+            f"{train.context} tokens with data.split={data.split}: {error or type(error).__name__};"
+            " use a larger corpus, a shorter context or another split"
+        ) from error
+    if train_set is None or len(train_set) < sizes[0]:
+        raise DataError(f"data.split={data.split} leaves no training data in {list(data.paths)}")
+    if sizes[1] and (valid_set is None or len(valid_set) == 0):
+        raise DataError(
+            f"data.split={data.split} leaves no validation data in {list(data.paths)}: give the "
+            "second share more, or set train.eval_batches=0"
+        )
+    return Datasets(train_set, valid_set if sizes[1] else None)
+
+
+class _Positions(torch.utils.data.Sampler[list[int]]):
+    """Sequence numbers of this rank's micro-batches, from `consumed` on, without end."""
+
+    def __init__(self, consumed: int, micro_batch: int, rank: int, ranks: int):
+        self.consumed, self.micro_batch, self.rank, self.ranks = consumed, micro_batch, rank, ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.consumed + self.rank * self.micro_batch
+        while True:
+            yield list(range(start, start + self.micro_batch))
+            start += self.ranks * self.micro_batch
+
+
+class _Wrapped(torch.utils.data.Dataset[Any]):
+    """A dataset that starts over after its last sequence."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index % len(self.dataset)]
+
+
+def micro_batches(
+    dataset: Any, consumed: int, micro_batch: int, rank: int, ranks: int, num_workers: int = 0
+) -> Iterator[Batch]:
+    """This data-parallel rank's micro-batches after `consumed` sequences of the whole run.
+
+    Micro-batch i of rank r holds sequences consumed + (i * ranks + r) * micro_batch and following,
+    so a global batch is the same set of sequences however many ranks share it.
+
+    Yields:
+        tokens, labels, position_ids [micro_batch, context] int64 and loss_mask of the same shape,
+        float, 0 where a label is padding.
+    """
+    loader = torch.utils.data.DataLoader(
+        _Wrapped(dataset),
+        batch_sampler=_Positions(consumed, micro_batch, rank, ranks),
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+    )
+    return iter(loader)

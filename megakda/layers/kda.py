@@ -1,0 +1,275 @@
+"""Kimi Delta Attention as a megatron-core attention layer; Gated DeltaNet is its scalar-decay case.
+
+Kimi Linear, arXiv 2510.26692, section 4. Projections, short convolutions, the delta-rule recurrence
+(`megakda.kernels.kda`), a gated per-head norm and the output projection, with heads split over the
+tensor-parallel group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import divide
+
+from megakda.config.schema import LinearAttentionConfig
+from megakda.kernels.gated_norm import gated_rms_norm
+from megakda.kernels.kda import chunk_kda, kda_gate
+from megakda.kernels.short_conv import short_conv
+from megakda.layers import initializers
+from megakda.layers.linear import ReplicatedLinear, column_parallel, project_together
+
+SATURATED_LOW, SATURATED_HIGH = 0.01, 0.999
+"""A decay exp(g) outside this range counts as saturated: it forgets all, or nothing, in one step."""
+
+
+class ShortConvolution(MegatronModule):
+    """Depthwise causal convolution over the sequence, then SiLU; channels follow the heads.
+
+    Shape: [b, s, channels/TP] -> the same. Parameter `weight` [channels/TP, taps].
+    """
+
+    def __init__(
+        self, config: TransformerConfig, channels: int, taps: int, tp_group: torch.distributed.ProcessGroup
+    ):
+        super().__init__(config=config)
+        self.tp_group = tp_group
+        self.weight = _head_parameter(
+            (divide(channels, tp_group.size()), taps), config.params_dtype, initializers.short_conv
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return short_conv(x, self.weight, activation="silu")[0]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Split along the channels."""
+        return _shard_first_axis(self, ["weight"], prefix, sharded_offsets, metadata)
+
+
+class HeadNorm(torch.nn.Module):
+    """RMSNorm over each head's values with one weight for all heads, times the output gate.
+
+    Every rank's weight gradient covers its own heads only, with sequence parallelism on and off:
+    the `partial_over_tensor_parallel` mark asks for the sum (`megakda.optim.finalize`).
+
+    Shape: x and gate [..., head_dim] -> [..., head_dim].
+    """
+
+    def __init__(self, config: TransformerConfig, head_dim: int, eps: float, activation: str | None):
+        super().__init__()
+        self.eps, self.activation = eps, activation
+        self.weight = torch.nn.Parameter(
+            torch.empty(head_dim, device=torch.cuda.current_device(), dtype=config.params_dtype)
+        )
+        self.weight.partial_over_tensor_parallel = True  # type: ignore[attr-defined]
+        initializers.set_initializer(self.weight, initializers.ones)
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        return gated_rms_norm(x, self.weight, gate, activation=self.activation, eps=self.eps)
+
+
+class KimiDeltaAttention(MegatronModule):
+    """The linear token mixer: KDA (`mixer=kda`) or Gated DeltaNet (`mixer=gdn`).
+
+    The two differ in the decay alone: KDA has one per key channel, through a low-rank projection;
+    Gated DeltaNet (arXiv 2412.06464) one per head.
+
+    Args:
+        config: megatron-core's config; hidden size, dtype, sequence parallelism and recompute.
+        layer_number: 1-based, over the whole model.
+        linear: widths, gates and the convolution.
+        num_heads: over all ranks.
+        pg_collection: process groups; `tp` is used.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        linear: LinearAttentionConfig,
+        num_heads: int,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
+    ):
+        super().__init__(config=config)
+        self.linear = linear
+        self.layer_number = layer_number
+        self.tp_group = tp = pg_collection.tp
+        self.num_heads = divide(num_heads, tp.size())  # on this rank
+        hidden = config.hidden_size
+        key_dim, value_dim = num_heads * linear.head_dim_k, num_heads * linear.head_dim_v
+
+        self.q_proj = column_parallel(hidden, key_dim, config, pg_collection)
+        self.k_proj = column_parallel(hidden, key_dim, config, pg_collection)
+        self.v_proj = column_parallel(hidden, value_dim, config, pg_collection)
+        self.b_proj = column_parallel(hidden, num_heads, config, pg_collection)
+        if linear.conv_kernel:
+            self.q_conv1d = ShortConvolution(config, key_dim, linear.conv_kernel, tp)
+            self.k_conv1d = ShortConvolution(config, key_dim, linear.conv_kernel, tp)
+            self.v_conv1d = ShortConvolution(config, value_dim, linear.conv_kernel, tp)
+
+        if linear.mixer == "kda":
+            self.f_a_proj = ReplicatedLinear(hidden, linear.gate_rank, config)
+            self.f_b_proj = column_parallel(linear.gate_rank, key_dim, config, pg_collection)
+        else:
+            self.a_proj = column_parallel(hidden, num_heads, config, pg_collection)
+        decays = self.num_heads * (linear.head_dim_k if linear.mixer == "kda" else 1)
+        # fp32 whatever the model's dtype: bf16 cannot hold a decay close to 1.
+        self.A_log = _head_parameter(
+            (self.num_heads,), torch.float32, initializers.log_decay_rate
+        )
+        self.dt_bias = _head_parameter((decays,), torch.float32, initializers.decay_bias)
+
+        if linear.output_gate != "none":
+            self.g_a_proj = ReplicatedLinear(hidden, linear.output_gate_rank, config)
+            self.g_b_proj = column_parallel(
+                linear.output_gate_rank, value_dim, config, pg_collection
+            )
+        self.o_norm = HeadNorm(
+            config,
+            linear.head_dim_v,
+            linear.norm_eps,
+            None if linear.output_gate == "none" else linear.output_gate,
+        )
+        self.o_proj = RowParallelLinear(
+            value_dim,
+            hidden,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=tp,
+        )
+        self.recompute_core = (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
+        self.watch = False  # set by the trainer on the steps whose telemetry it wants
+        self.telemetry: torch.Tensor | None = None  # sums over calls, see `_record`
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: Any = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        """[s, b, h] -> ([s, b, h], no bias); s is this rank's share under sequence parallelism.
+
+        Causal by construction; `attention_mask` and the other arguments of megatron-core's
+        attention interface are not used.
+        """
+        projections = [self.q_proj, self.k_proj, self.v_proj, self.b_proj]
+        if self.linear.mixer == "gdn":
+            projections.append(self.a_proj)
+        q, k, v, beta, *decay = project_together(hidden_states, projections)
+        if self.linear.mixer == "kda":
+            decay, _ = self.f_b_proj(self.f_a_proj(hidden_states))
+        else:
+            (decay,) = decay
+        gate = None
+        if self.linear.output_gate != "none":
+            gate, _ = self.g_b_proj(self.g_a_proj(hidden_states))
+
+        # [S, b, ...] -> [b, S, ...], the kernels' layout
+        q, k, v, beta, decay = (t.transpose(0, 1) for t in (q, k, v, beta, decay))
+        if self.recompute_core and self.training:
+            out = tensor_parallel.checkpoint(self._mix, False, q, k, v, beta, decay)
+        else:
+            out = self._mix(q, k, v, beta, decay)
+
+        out = out.transpose(0, 1)  # [S, b, H/TP, v]
+        if gate is not None:
+            gate = gate.view(out.shape)
+        return self.o_proj(self.o_norm(out, gate).flatten(2))
+
+    def _mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        beta: torch.Tensor,
+        decay: torch.Tensor,
+    ) -> torch.Tensor:
+        """Convolution, gates and the recurrence.
+
+        q, k [b, S, H*K], v [b, S, H*V], beta [b, S, H] and decay [b, S, H*K or H] before their
+        activations -> [b, S, H, V]; H is this rank's share of the heads.
+        """
+        if self.linear.conv_kernel:
+            q, k, v = self.q_conv1d(q), self.k_conv1d(k), self.v_conv1d(v)
+        q, k, v, decay = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v, decay))
+        g = kda_gate(decay, self.A_log, self.dt_bias, lower_bound=self._lower_bound)
+        if self.watch and torch.is_grad_enabled():
+            self._record(g.detach(), beta.detach())
+        out, _ = chunk_kda(
+            q,
+            k,
+            v,
+            g.expand(-1, -1, -1, self.linear.head_dim_k),
+            beta,
+            use_qk_l2norm_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True,
+        )
+        return out
+
+    @property
+    def _lower_bound(self) -> float | None:
+        return self.linear.gate_lower_bound if self.linear.gate == "bounded" else None
+
+    def _record(self, g: torch.Tensor, beta: torch.Tensor) -> None:
+        """Adds this call to `telemetry`: sums of mean decay, mean beta and saturated share, calls.
+
+        Under activation recomputation the layer runs twice; only the run that builds the graph
+        counts.
+        """
+        decay = g.exp()
+        saturated = (decay < SATURATED_LOW) | (decay > SATURATED_HIGH)
+        sums = torch.stack(
+            [
+                decay.mean(),
+                beta.float().sigmoid().mean(),
+                saturated.float().mean(),
+                decay.new_ones(()),
+            ]
+        )
+        self.telemetry = sums if self.telemetry is None else self.telemetry + sums
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """A_log and dt_bias split along the heads; the rest as the submodules say."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        own = _shard_first_axis(self, ["A_log", "dt_bias"], prefix, sharded_offsets, metadata)
+        return {**sharded, **own}
+
+
+def _head_parameter(
+    shape: tuple[int, ...], dtype: torch.dtype, initializer: initializers.Initializer
+) -> torch.nn.Parameter:
+    """A parameter whose first axis follows the heads of this tensor-parallel rank."""
+    param = torch.nn.Parameter(torch.empty(shape, device=torch.cuda.current_device(), dtype=dtype))
+    tensor_parallel.set_tensor_model_parallel_attributes(param, True, 0, 1)
+    initializers.set_initializer(param, initializer)
+    return param
+
+
+def _shard_first_axis(
+    module: MegatronModule,
+    names: list[str],
+    prefix: str,
+    sharded_offsets: tuple,
+    metadata: dict | None,
+) -> dict[str, Any]:
+    return make_sharded_tensors_for_checkpoint(
+        {name: getattr(module, name) for name in names},
+        prefix,
+        dict.fromkeys(names, 0),
+        sharded_offsets,
+        tp_group=module.tp_group,
+        dp_cp_group=(metadata or {}).get("dp_cp_group"),
+    )

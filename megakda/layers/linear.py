@@ -1,0 +1,113 @@
+"""Linears that megatron-core does not offer without TransformerEngine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    linear_with_grad_accumulation_and_async_allreduce,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class ReplicatedLinear(torch.nn.Module):
+    """A bias-free linear whose whole weight lives on every tensor-parallel rank.
+
+    Its weight gradient is complete only if the gradient of its output is. Under sequence
+    parallelism each rank covers its own tokens and megatron-core sums the weight gradient over the
+    group (the `sequence_parallel` mark); without it every rank must receive the gradient from all
+    heads, so whatever reads the output has to reduce its input gradient over the group, as
+    ColumnParallelLinear and `enter_tensor_parallel` do.
+
+    Shape: [..., in_features] -> [..., out_features].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: TransformerConfig,
+    ):
+        super().__init__()
+        self.weight = torch.nn.Parameter(
+            torch.empty(
+                out_features,
+                in_features,
+                device=torch.cuda.current_device(),
+                dtype=config.params_dtype,
+            )
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight)
+
+
+def column_parallel(
+    in_features: int,
+    out_features: int,
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection,
+) -> ColumnParallelLinear:
+    """megatron-core's column-parallel linear without bias: outputs split over the group."""
+    return ColumnParallelLinear(
+        in_features,
+        out_features,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        tp_group=pg_collection.tp,
+    )
+
+
+def project_together(
+    x: torch.Tensor, linears: Sequence[ColumnParallelLinear]
+) -> tuple[torch.Tensor, ...]:
+    """``tuple(linear(x) for linear in linears)`` in one matrix product.
+
+    The weights stay separate parameters (checkpoints and matrix-wise optimizers want them so) and
+    are joined here: sequence parallelism then gathers `x` once, and reduce-scatters its gradient
+    once, instead of once per projection.
+
+    Args:
+        x: [s, b, in_features], split along s under sequence parallelism.
+        linears: column-parallel linears over the same group, without bias.
+
+    Returns:
+        One [S, b, out_features / TP] per linear, S being the whole sequence.
+    """
+    first = linears[0]
+    joint = linear_with_grad_accumulation_and_async_allreduce(
+        x,
+        torch.cat([linear.weight for linear in linears]),
+        bias=None,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=first.allreduce_dgrad,
+        sequence_parallel=first.sequence_parallel,
+        tp_group=first.tp_group,
+    )
+    return joint.split([linear.output_size_per_partition for linear in linears], dim=-1)
+
+
+def enter_tensor_parallel(
+    x: torch.Tensor, sequence_parallel: bool, group: torch.distributed.ProcessGroup
+) -> torch.Tensor:
+    """Hands a replicated activation to heads that are split over `group`.
+
+    Forward: the whole sequence on every rank. Backward: the sum of all ranks' gradients, split
+    along the sequence again under sequence parallelism.
+
+    Args:
+        x: [s, b, ...], split along s under sequence parallelism, else whole.
+
+    Returns:
+        [S, b, ...].
+    """
+    if sequence_parallel:
+        return gather_from_sequence_parallel_region(x, group=group)
+    return copy_to_tensor_model_parallel_region(x, group=group)

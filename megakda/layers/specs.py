@@ -1,0 +1,71 @@
+"""From a layer pattern to megatron-core layer specs: which modules each layer is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from megakda.config.schema import ModelConfig
+from megakda.layers.experts import StackedExperts
+from megakda.layers.kda import KimiDeltaAttention
+from megakda.layers.mla import MultiLatentAttention
+from megakda.layers.norm import RMSNorm
+
+
+def block_spec(
+    model: ModelConfig, kinds: Sequence[str], first_layer: int
+) -> TransformerBlockSubmodules:
+    """The layers of one pipeline chunk.
+
+    Args:
+        model: widths of every module.
+        kinds: "linear" or "full" for each layer of the chunk.
+        first_layer: 0-based number of the chunk's first layer in the whole model.
+    """
+    layers = [layer_spec(model, kind, first_layer + i) for i, kind in enumerate(kinds)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def layer_spec(model: ModelConfig, kind: str, layer: int) -> ModuleSpec:
+    """Pre-norm token mixer of `kind`, then pre-norm feed-forward; `layer` is 0-based."""
+    if kind == "linear":
+        mixer = ModuleSpec(
+            KimiDeltaAttention, params={"linear": model.linear, "num_heads": model.num_heads}
+        )
+    else:
+        mixer = ModuleSpec(
+            MultiLatentAttention, params={"mla": model.mla, "num_heads": model.num_heads}
+        )
+    is_moe = model.ffn == "moe" and layer >= model.moe.first_dense_layers
+    return ModuleSpec(
+        TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=mixer,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=_moe_spec(model) if is_moe else ModuleSpec(MLP, submodules=_MLP),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+_MLP = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def _moe_spec(model: ModelConfig) -> ModuleSpec:
+    shared = ModuleSpec(SharedExpertMLP, submodules=_MLP) if model.moe.num_shared_experts else None
+    return ModuleSpec(
+        MoELayer, submodules=MoESubmodules(experts=StackedExperts, shared_experts=shared)
+    )

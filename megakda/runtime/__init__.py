@@ -1,0 +1,81 @@
+"""Device policy: what has to be true before the first ``import megatron.core``.
+
+`install` is called once per process, by every entry point, before anything else imports
+megatron-core. On a GPU it changes nothing but the bugs listed in `megakda.runtime.upstream`; on a
+CPU it also adapts megatron-core to gloo (`megakda.runtime.cpu`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+import torch
+
+from megakda.errors import ConfigError, RuntimeMismatch
+from megakda.runtime import cpu, hook, upstream
+
+MEGATRON_VERSION = "0.16.1"
+
+_installed: tuple[str, str] | None = None
+
+
+def install(device: str = "auto", backend: str = "torch") -> torch.device:
+    """Prepares this process for megatron-core and returns the device that it computes on.
+
+    Args:
+        device: ``auto`` takes the GPU of this rank where there is one, else the CPU.
+        backend: ``torch`` needs nothing but torch, triton and megatron-core;
+            ``transformer_engine`` lets megatron-core use TransformerEngine's optimizer.
+
+    Raises:
+        ConfigError: a GPU was asked for where there is none, or a CPU where there is a GPU.
+        RuntimeMismatch: another megatron-core than the one this code was written for, a symbol
+            that it adapts is gone, or megatron-core was imported before this call.
+    """
+    global _installed
+    has_gpu = torch.cuda.is_available() and _installed != ("cpu", backend)
+    if device == "cuda" and not has_gpu:
+        raise ConfigError(
+            "runtime.device=cuda, but torch sees no GPU: use runtime.device=auto or install a "
+            "CUDA build of torch"
+        )
+    if device == "cpu" and has_gpu:
+        raise ConfigError(
+            "runtime.device=cpu on a machine with a GPU: megatron-core can be adapted to the CPU "
+            "only where torch sees no GPU; hide it with CUDA_VISIBLE_DEVICES= or use "
+            "runtime.device=auto"
+        )
+    kind = "cuda" if has_gpu else "cpu"
+    if _installed is None:
+        _check_versions()
+        patches = upstream.patches(backend)
+        if kind == "cpu":
+            cpu.install()
+            patches = hook.merge(patches, cpu.PATCHES)
+        hook.install(patches, rewrite=cpu.retarget if kind == "cpu" else None)
+        _installed = (kind, backend)
+    elif _installed != (kind, backend):
+        raise RuntimeMismatch(
+            f"the runtime was installed for {_installed} and cannot change to {(kind, backend)} "
+            "in the same process"
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+
+
+def _check_versions() -> None:
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        raise RuntimeMismatch(
+            f"megatron-core is not installed: pip install megatron-core=={MEGATRON_VERSION}"
+        ) from None
+    if version != MEGATRON_VERSION:
+        raise RuntimeMismatch(
+            f"megatron-core {version} is installed, but megakda adapts {MEGATRON_VERSION} exactly: "
+            f"pip install megatron-core=={MEGATRON_VERSION}"
+        )
+    if hook.ROOT in sys.modules:
+        raise RuntimeMismatch(
+            f"{hook.ROOT} was imported before megakda.runtime.install(): call install() first"
+        )

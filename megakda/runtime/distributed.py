@@ -1,0 +1,102 @@
+"""Process groups, per-step seeds and stop signals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from datetime import timedelta
+from types import FrameType
+
+import torch
+
+from megakda.config.schema import ParallelConfig, RuntimeConfig
+
+
+def world_size() -> int:
+    """Ranks of this run, from torchrun's environment; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's rank, from torchrun's environment; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def process_groups(
+    parallel: ParallelConfig, runtime: RuntimeConfig, device: torch.device
+) -> Iterator[None]:
+    """torch's and megatron-core's process groups, made on entry and taken down on exit.
+
+    gloo on CPU, nccl on CUDA. `megakda.runtime.install` comes first.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    _limit_threads(runtime, device)
+    if "MASTER_ADDR" not in os.environ:  # started without torchrun: a world of one
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(minutes=runtime.timeout_minutes),
+    )
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+            ),
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(1)  # creates the generators' tracker
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seeds every random generator from the run's seed and the step.
+
+    A resumed run draws what the uninterrupted one would have drawn, so no generator state has to be
+    saved, and a change of layout does not matter to it.
+    """
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.model_parallel_cuda_manual_seed((seed * 1_000_003 + step) % 2**31)
+
+
+class StopSignals:
+    """Remembers SIGTERM and SIGINT instead of dying; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def _limit_threads(runtime: RuntimeConfig, device: torch.device) -> None:
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    elif device.type == "cpu":
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))

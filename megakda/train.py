@@ -1,0 +1,75 @@
+"""Trains a model: ``python -m megakda.train [override ...]``, alone or under torchrun.
+
+Overrides follow Hydra's syntax: ``experiment=quickstart``, ``model=tiny train.steps=100``. Hydra's
+own flags work too (``--help``, ``--cfg job``, ``--multirun``).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+
+from megakda.config import Config, compose, recipes_dir, validate
+from megakda.config.compose import from_tree
+from megakda.errors import MegakdaError
+from megakda.runtime.distributed import process_groups, rank, world_size
+
+
+def run(config: Config) -> None:
+    """Everything from a composed config to a trained model.
+
+    Settings and files are checked before any process group is made.
+
+    Raises:
+        MegakdaError: a problem that a person can solve; the message says how.
+    """
+    import megakda.runtime
+
+    derived = validate(config, world_size())
+    device = megakda.runtime.install(config.runtime.device, config.runtime.backend)
+
+    # megatron-core is imported below this line only: install() adapts it on import.
+    from megakda.checkpoint import manager as checkpoints
+    from megakda.data.datasets import build_datasets, prepare_data
+    from megakda.trainer import Trainer, checkpoint_root
+
+    if rank() == 0:
+        checkpoints.resolve(config.train.resume, checkpoint_root(config))
+        prepare_data(config)
+    with process_groups(config.parallel, config.runtime, device):
+        tokenizer = prepare_data(config)
+        trainer = Trainer(config, derived, tokenizer, build_datasets(config, tokenizer))
+        trainer.fit()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if any(argument.startswith("-") for argument in arguments):
+            _run_with_hydra()
+        else:
+            run(compose(arguments))
+    except MegakdaError as error:
+        # Every rank meets the same wrong setting; one of them is enough to say so.
+        if rank() == 0 or error.exit_code not in (2, 3):
+            print(f"megakda: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def _run_with_hydra() -> None:
+    """Hydra's command line, for its flags and for sweeps over several runs."""
+    import hydra
+
+    @hydra.main(config_path=str(recipes_dir()), config_name="config", version_base="1.3")
+    def job(tree: DictConfig) -> None:
+        run(from_tree(tree))
+
+    job()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
