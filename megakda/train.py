@@ -39,8 +39,8 @@ def run(config: Config) -> None:
         checkpoints.resolve(config.train.resume, checkpoint_root(config))
         prepare_data(config)
     with process_groups(config.parallel, config.runtime, device):
-        tokenizer = prepare_data(config)
-        trainer = Trainer(config, derived, tokenizer, build_datasets(config, tokenizer))
+        corpus = prepare_data(config, scan=False)
+        trainer = Trainer(config, derived, corpus.tokenizer, build_datasets(config, corpus))
         trainer.fit()
 
 

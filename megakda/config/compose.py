@@ -58,6 +58,10 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 def from_tree(tree: DictConfig) -> Config:
     """The typed config of a composed tree, interpolations resolved."""
     OmegaConf.resolve(tree)
+    known = list(_keys(Config()))
+    for key in _tree_keys(OmegaConf.to_container(tree)):
+        if key not in known:  # `+key=value` gets past Hydra's own check
+            raise ConfigError(_no_such_setting(key, known))
     config = OmegaConf.to_object(tree)
     if not isinstance(config, Config):
         raise ConfigError("recipes/config.yaml must begin its defaults with `- schema`")
@@ -79,6 +83,19 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{item.name}"
 
 
+def _tree_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _tree_keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _no_such_setting(key: str, known: list[str]) -> str:
+    groups = sorted(path.name for path in recipes_dir().iterdir() if path.is_dir())
+    return f"{key}: no such setting{_suggest(key, known + groups)}; recipes/README.md lists them all"
+
+
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One paragraph: what was received, what the rule is, what to do."""
     text = str(error)
@@ -91,8 +108,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         return _explain_missing_recipe(error)
     key = _unknown_key(error, overrides)
     if key:
-        known = list(_keys(Config()))
-        return f"{key}: no such setting{_suggest(key, known)}; recipes/README.md lists them all"
+        return _no_such_setting(key, list(_keys(Config())))
     cause: BaseException | None = error
     while cause is not None:
         full_key = getattr(cause, "full_key", None)

@@ -56,6 +56,7 @@ class MoEConfig:
     num_shared_experts: int = 1
     first_dense_layers: int = 1
     routed_scaling_factor: float = 2.446
+    router_dtype: str = _choice("fp32", "fp64")  # of logits and scores; the weights stay fp32
     bias_update_rate: float = 1e-3
 
 

@@ -17,21 +17,32 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megakda.config.schema import Config
 from megakda.data.corpus import prepare_stdlib
-from megakda.data.indexed import check_indexed
+from megakda.data.indexed import IndexedInfo, check_indexed
 from megakda.data.tokenizer import Tokenizer, load_tokenizer
 from megakda.errors import ConfigError, DataError
 
 Batch = dict[str, torch.Tensor]
 
 
-def prepare_data(config: Config) -> Tokenizer:
+@dataclass(frozen=True)
+class Corpus:
+    """Checked data sets and the tokenizer that made them."""
+
+    tokenizer: Tokenizer
+    parts: tuple[IndexedInfo, ...]
+
+
+def prepare_data(config: Config, scan: bool = True) -> Corpus:
     """Loads the tokenizer, makes the data set where the recipe asks for it, and checks every file.
 
     Needs no process group; one rank calls it before the others start to wait for each other.
 
+    Args:
+        scan: also read the tokens of data sets that do not say what their largest id is.
+
     Raises:
-        ConfigError: no data paths, or weights that do not match them.
-        DataError: files that are missing, torn, or made with another tokenizer.
+        ConfigError: no data paths, or weights or a split that do not fit them.
+        DataError: files that are missing, torn, made with another tokenizer, or too few documents.
     """
     data = config.data
     if not data.paths:
@@ -47,18 +58,46 @@ def prepare_data(config: Config) -> Tokenizer:
             f"{len(data.paths)} data.paths, not all zero"
         )
     tokenizer = load_tokenizer(data.tokenizer)
-    if data.prepare == "stdlib" and not Path(f"{data.paths[0]}.idx").exists():
-        if len(data.paths) != 1:
-            raise ConfigError(f"data.prepare=stdlib makes one data set, not {len(data.paths)}")
+    if data.prepare == "stdlib":
         target = Path(data.paths[0])
-        made = prepare_stdlib(target.parent, data.tokenizer)
-        if made != target:
+        if len(data.paths) != 1 or target.name != "stdlib":
             raise ConfigError(
-                f"data.paths=[{target}]: data.prepare=stdlib writes {made}; name that path"
+                f"data.paths={list(data.paths)}: data.prepare=stdlib makes one data set of the name "
+                "stdlib, as in data.paths=[FOLDER/stdlib]"
             )
-    for path in data.paths:
-        check_indexed(path, tokenizer, config.model.vocab_size)
-    return tokenizer
+        if not target.with_name("stdlib.idx").exists():
+            prepare_stdlib(target.parent, data.tokenizer)
+    parts = [check_indexed(p, tokenizer, config.model.vocab_size, scan=scan) for p in data.paths]
+    for part in parts:
+        _check_split(data.split, part, config.train.eval_batches > 0)
+    return Corpus(tokenizer, tuple(parts))
+
+
+def _check_split(split: str, part: IndexedInfo, validates: bool) -> None:
+    """Every split that has a share gets a document: megatron-core would search for one for ever."""
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares) < 0 or shares[0] == 0:
+        raise ConfigError(
+            f'data.split="{split}": needs three shares, of training, validation and test, the first '
+            'positive, as in "98,2,0"'
+        )
+    if validates and shares[1] == 0:
+        raise ConfigError(
+            f'data.split="{split}" leaves nothing to validate on: give the second share more than '
+            "0, or set train.eval_batches=0"
+        )
+    bounds = [round(sum(shares[:i]) / sum(shares) * part.sequences) for i in range(4)]
+    for name, share, first, last in zip(
+        ("training", "validation", "test"), shares, bounds, bounds[1:], strict=False
+    ):
+        if share and first == last:
+            raise DataError(
+                f'data.split="{split}" leaves no {name} document of the {part.sequences} in '
+                f"{part.prefix}: change the shares, or cut the corpus into more documents"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,24 +108,26 @@ class Datasets:
     valid: Any | None
 
 
-def build_datasets(config: Config, tokenizer: Tokenizer) -> Datasets:
+def build_datasets(config: Config, corpus: Corpus) -> Datasets:
     """megatron-core's datasets over `data.paths`, index files cached on disk.
 
     A collective call: rank 0 writes the index files, then the others read them.
 
     Raises:
-        DataError: the corpus is too small for the split or the context length.
+        DataError: the corpus cannot be cut into sequences of this length.
     """
     data, train = config.data, config.train
     cache = Path(data.cache) if data.cache else Path(data.paths[0]).parent / "cache"
-    weights = list(data.weights) if data.weights is not None else None
+    weights: list[float] | None = None
+    if len(data.paths) > 1:
+        weights = list(data.weights or [float(part.tokens) for part in corpus.parts])
     settings = GPTDatasetConfig(
         random_seed=train.seed,
         sequence_length=train.context,
         blend=([str(path) for path in data.paths], weights),
         split=data.split,
         path_to_cache=str(cache),
-        tokenizer=tokenizer,
+        tokenizer=corpus.tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -103,13 +144,6 @@ def build_datasets(config: Config, tokenizer: Tokenizer) -> Datasets:
             f"{train.context} tokens with data.split={data.split}: {error or type(error).__name__};"
             " use a larger corpus, a shorter context or another split"
         ) from error
-    if train_set is None or len(train_set) < sizes[0]:
-        raise DataError(f"data.split={data.split} leaves no training data in {list(data.paths)}")
-    if sizes[1] and (valid_set is None or len(valid_set) == 0):
-        raise DataError(
-            f"data.split={data.split} leaves no validation data in {list(data.paths)}: give the "
-            "second share more, or set train.eval_batches=0"
-        )
     return Datasets(train_set, valid_set if sizes[1] else None)
 
 

@@ -94,6 +94,7 @@ class PreprocessReport:
 
     def __str__(self) -> str:
         rate = self.input_bytes / max(self.seconds, 1e-9) / 1e6
+        workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
         rows = [
             (
                 "output",
@@ -105,7 +106,7 @@ class PreprocessReport:
             ("tokens", f"{self.tokens:,}"),
             ("bytes/token", f"{self.bytes_per_token:.3f}"),
             ("largest id", f"{self.max_token_id}"),
-            ("time", f"{self.seconds:.1f} s with {self.workers} workers ({rate:.1f} MB/s)"),
+            ("time", f"{self.seconds:.1f} s with {workers} ({rate:.1f} MB/s)"),
             ("empty", f"{self.empty_documents:,} documents or lines left out"),
             ("broken", f"{self.broken:,} records left out"),
         ]

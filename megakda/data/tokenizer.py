@@ -195,7 +195,8 @@ class HFTokenizer(_Base):
     def encode(self, text: str) -> list[int]:
         text = _valid(text)
         if self._fast is not None:
-            return self._fast.encode(text, add_special_tokens=False).ids
+            # Three times as fast as `encode`, which also works out the offsets of each token.
+            return self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self._tok.encode(
             text, add_special_tokens=False, split_special_tokens=True, truncation=False
         )

@@ -21,6 +21,7 @@ from megakda.layers.experts import StackedExperts
 from megakda.layers.kda import KimiDeltaAttention
 from megakda.layers.mla import MultiLatentAttention
 from megakda.layers.norm import RMSNorm
+from megakda.layers.router import SigmoidRouter
 
 
 def block_spec(
@@ -67,5 +68,7 @@ _MLP = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLine
 def _moe_spec(model: ModelConfig) -> ModuleSpec:
     shared = ModuleSpec(SharedExpertMLP, submodules=_MLP) if model.moe.num_shared_experts else None
     return ModuleSpec(
-        MoELayer, submodules=MoESubmodules(experts=StackedExperts, shared_experts=shared)
+        MoELayer, submodules=MoESubmodules(
+            router=SigmoidRouter, experts=StackedExperts, shared_experts=shared
+        )
     )

@@ -91,7 +91,7 @@ def transformer_config(
             moe_router_bias_update_rate=0.0,
             moe_router_topk_scaling_factor=moe.routed_scaling_factor,
             moe_router_load_balancing_type="none",
-            moe_router_dtype="fp32",
+            moe_router_dtype=moe.router_dtype,
             moe_token_dispatcher_type="alltoall",
         )
     return TransformerConfig(**settings)

@@ -468,12 +468,19 @@ def test_kill_at_any_time_leaves_no_processes(tmp_path, texts):
             break
         assert not (tmp_path / "out.idx").exists()
         deadline = time.monotonic() + 10
-        while any(Path(f"/proc/{p}").exists() for p in children) and time.monotonic() < deadline:
+        while any(map(_alive, children)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert [p for p in children if Path(f"/proc/{p}").exists()] == []
+        assert [p for p in children if _alive(p)] == []
     run([tmp_path / "a.jsonl"], tmp_path / "out", overwrite=True)
     assert documents(tmp_path / "out") == texts * 40
     assert leftovers(tmp_path) == []
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _children(pid):

@@ -1,0 +1,44 @@
+"""The sigmoid router with expert bias, exact about near-ties."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+
+
+class SigmoidRouter(TopKRouter):
+    """megatron-core's router with its scoring done in `moe_router_dtype` throughout.
+
+    megatron-core rounds the scores to fp32 even where it computes logits in fp64. Sigmoid scores
+    of a young model crowd around 0.5, where fp32 has steps of 6e-8, and a token's choice between
+    two experts then hangs on rounding that differs between layouts. In fp64 it does so about ten
+    times less often.
+
+    Selection is by score + expert bias, weights are the renormalised scores times
+    `moe_router_topk_scaling_factor` (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    """
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Routing weights and choices.
+
+        Args:
+            logits: [..., experts] in the router's dtype.
+            padding_mask: [...], true for padding, which does not count as load.
+
+        Returns:
+            (weights [tokens, experts] fp32, zero where not chosen; choices, the same shape, bool).
+        """
+        scores = logits.view(-1, self.config.num_moe_experts).sigmoid()
+        chosen = torch.topk(scores + self.expert_bias, k=self.topk, dim=-1).indices
+        weights = scores.gather(-1, chosen)
+        if self.topk > 1:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights = weights * self.config.moe_router_topk_scaling_factor
+        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+        probs = torch.zeros_like(scores).scatter(-1, chosen, weights)
+        if padding_mask is not None:
+            padding_mask = padding_mask.reshape(-1, 1)
+        self._apply_expert_bias(routing_map, padding_mask=padding_mask)
+        return probs.float(), routing_map

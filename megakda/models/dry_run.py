@@ -1,0 +1,100 @@
+"""A model at full size and full rank count without memory: fake process groups, meta tensors.
+
+Run in a process of its own: it stands for one rank of a large run, and needs no other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+
+from megakda.config import Config, validate
+from megakda.models.sharding import pieces
+
+
+@dataclass(frozen=True)
+class RankModel:
+    """What one rank of a run holds."""
+
+    rank: int
+    layers: tuple[int, ...]  # 1-based numbers
+    parameters: int  # on this rank
+    tensors: dict[str, tuple[int, ...]]  # global name -> global shape
+
+
+@contextmanager
+def _fake_ranks(config: Config, rank: int, world_size: int) -> Iterator[None]:
+    from megatron.core import parallel_state, tensor_parallel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    p = config.parallel
+    torch.distributed.init_process_group(
+        "fake", rank=rank, world_size=world_size, store=FakeStore()
+    )
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=p.tensor,
+            pipeline_model_parallel_size=p.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                p.virtual_pipeline if p.virtual_pipeline > 1 else None
+            ),
+            context_parallel_size=p.context,
+            expert_model_parallel_size=p.expert,
+            expert_tensor_parallel_size=p.expert_tensor,
+            create_gloo_process_groups=False,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def build_rank(config: Config, rank: int, world_size: int) -> RankModel:
+    """Builds the model chunks of `rank` in a run of `world_size` ranks on the meta device.
+
+    Raises:
+        ConfigError: the config does not fit `world_size` ranks.
+    """
+    validate(config, world_size)
+    from megakda.models.kimi_linear import build_chunks
+
+    meta = torch.device("meta")
+    with (
+        _fake_ranks(config, rank, world_size),
+        mock.patch.object(torch.cuda, "current_device", lambda: meta),
+        meta,
+    ):
+        chunks = build_chunks(
+            config.model, config.parallel, config.precision, config.train.context
+        )
+        parts = [piece for chunk in chunks for piece in pieces(chunk)]
+        assert all(piece.data.is_meta for piece in parts)
+        return RankModel(
+            rank=rank,
+            layers=tuple(layer.layer_number for chunk in chunks for layer in chunk.decoder.layers),
+            parameters=sum(p.numel() for chunk in chunks for p in chunk.parameters()),
+            tensors={piece.name: piece.global_shape for piece in parts},
+        )
+
+
+def count_over_stages(config: Config, world_size: int) -> tuple[int, list[RankModel]]:
+    """Parameters of the whole model, put together from the first rank of every pipeline stage.
+
+    Returns:
+        (parameters, the ranks looked at). A tensor that several ranks share counts once.
+    """
+    per_stage = world_size // config.parallel.pipeline
+    ranks = [
+        build_rank(config, stage * per_stage, world_size)
+        for stage in range(config.parallel.pipeline)
+    ]
+    tensors: dict[str, tuple[int, ...]] = {}
+    for rank in ranks:
+        tensors.update(rank.tensors)
+    return sum(math.prod(shape) for shape in tensors.values()), ranks

@@ -1,0 +1,36 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# One thread per process: the machine's cores are shared by the ranks of distributed tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+from tests.ranks import RankPool  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Processes for distributed jobs."""
+    pool = RankPool(size=4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a small byte-level data set of real text."""
+    import email
+
+    from megakda.data.preprocess import preprocess
+
+    folder = tmp_path_factory.mktemp("corpus")
+    sources = sorted(Path(email.__file__).parent.rglob("*.py"))
+    preprocess(sources, folder / "text", "byte", document="line", workers=1, progress=False)
+    return folder / "text"

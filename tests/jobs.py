@@ -1,0 +1,144 @@
+"""Jobs for the rank pool: what distributed tests run on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from megakda.config import compose, validate
+
+SMALL = (
+    "model=tiny",
+    "model.hidden_size=64",
+    "model.num_heads=4",
+    "model.linear.head_dim_k=16",
+    "model.linear.head_dim_v=16",
+    "model.linear.gate_rank=16",
+    "model.linear.output_gate_rank=16",
+    "model.mla.kv_lora_rank=32",
+    "model.mla.qk_nope_head_dim=16",
+    "model.mla.qk_shared_head_dim=8",
+    "model.mla.v_head_dim=16",
+    "model.dense_ffn=128",
+    "model.moe.expert_ffn=32",
+    "train.context=48",
+    "train.global_batch=8",
+    "train.micro_batch=1",
+    "train.eval_batches=0",
+    "runtime.threads=1",
+    "runtime.timeout_minutes=1",
+)
+"""A model with every part of the large one, and no dimension equal to another by accident."""
+
+
+@contextmanager
+def trainer(overrides: Sequence[str], corpus: Any) -> Iterator[Any]:
+    """A Trainer in its process groups, ready for its first step."""
+    import torch.distributed
+
+    from megakda.runtime.distributed import process_groups, world_size
+
+    config = compose([*SMALL, f"data.paths=[{corpus}]", "data.prepare=none", *overrides])
+    derived = validate(config, world_size())
+    from megakda.data.datasets import build_datasets, prepare_data
+    from megakda.trainer import Trainer
+
+    with process_groups(config.parallel, config.runtime, torch.device("cpu")):
+        data = prepare_data(config)
+        yield Trainer(config, derived, data.tokenizer, build_datasets(config, data))
+        torch.distributed.barrier()
+
+
+def train(overrides: Sequence[str], corpus: Any, steps: int, gradients: bool = False) -> dict:
+    """Losses and gradient norms of `steps` steps; on rank 0 the first step's gradients too.
+
+    Returns:
+        {"loss": [...], "grad_norm": [...], "gradients": {global name: global tensor}}.
+    """
+    with trainer(overrides, corpus) as run:
+        found: dict[str, torch.Tensor] = {}
+        if gradients:
+            _capture_first_gradients(run, found)
+        batches = run._batches(run.datasets.train, 0)
+        results = [run.step(batches) for _ in range(steps)]
+    return {
+        "loss": [result.loss for result in results],
+        "grad_norm": [result.grad_norm for result in results],
+        "gradients": found,
+    }
+
+
+def fit(overrides: Sequence[str], corpus: Any, out: str) -> dict:
+    """A whole run through `Trainer.fit`; its metric rows and, on rank 0, its final weights."""
+    from pathlib import Path
+
+    from megakda.metrics.writers import read_metrics
+
+    with trainer([*overrides, f"train.out={out}"], corpus) as run:
+        run.fit()
+        weights = gather_global(run.chunks, lambda piece: piece.data)
+    rows = [row for row in read_metrics(Path(out) / "metrics.jsonl") if "loss" in row]
+    return {"loss": [row["loss"] for row in rows], "weights": weights}
+
+
+def gather_global(chunks: list[torch.nn.Module], value: Any) -> dict[str, torch.Tensor]:
+    """Global tensors assembled on rank 0 from `value(piece)` of every piece on every rank.
+
+    Blocks that several ranks hold must agree exactly.
+    """
+    from megakda.models.sharding import pieces
+
+    local = [
+        (piece.name, piece.global_shape, piece.global_offset, value(piece).detach().float().clone())
+        for chunk in chunks
+        for piece in pieces(getattr(chunk, "module", chunk))
+    ]
+    world = torch.distributed.get_world_size()
+    everyone: list[Any] | None = [None] * world if torch.distributed.get_rank() == 0 else None
+    torch.distributed.gather_object(local, everyone)
+    whole: dict[str, torch.Tensor] = {}
+    for name, shape, offset, block in (entry for entries in everyone or [] for entry in entries):
+        target = whole.setdefault(name, torch.full(shape, float("nan")))
+        where = tuple(slice(o, o + n) for o, n in zip(offset, block.shape, strict=True))
+        held = target[where]
+        if not held.isnan().all():
+            assert torch.equal(held, block), f"{name}: {held.flatten()[:4]} {block.flatten()[:4]}"
+        target[where] = block
+    assert not any(tensor.isnan().any() for tensor in whole.values())
+    return whole
+
+
+def _capture_first_gradients(run: Any, found: dict[str, torch.Tensor]) -> None:
+    """Fills `found` with the final gradients of the next step, before the optimizer reads them."""
+    prepare = run.optimizer.prepare_grads
+
+    def capture() -> bool:
+        if run.steps_done == 0:
+            for chunk in run.chunks:
+                _complete_gradients(chunk)
+            found.update(gather_global(run.chunks, _gradient))
+        return prepare()
+
+    run.optimizer.prepare_grads = capture
+
+
+def _complete_gradients(chunk: Any) -> None:
+    """Undoes the distributed optimizer's reduce-scatter: every rank gets every shard."""
+    if not chunk.ddp_config.use_distributed_optimizer:
+        return
+    for groups in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups):
+        for group in groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                shard = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=ranks)
+
+
+def _gradient(piece: Any) -> torch.Tensor:
+    """The part of the parameter's main gradient that belongs to `piece`."""
+    grad = piece.param.main_grad  # as contiguous as the parameter
+    inside = piece.data.storage_offset() - piece.param.storage_offset()
+    return grad.as_strided(piece.data.shape, piece.data.stride(), grad.storage_offset() + inside)
