@@ -6,14 +6,16 @@ own flags work too (``--help``, ``--cfg job``, ``--multirun``).
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from megakda.config import Config, compose, recipes_dir, validate
 from megakda.config.compose import from_tree
-from megakda.errors import MegakdaError
+from megakda.errors import ConfigError, MegakdaError
 from megakda.runtime.distributed import process_groups, rank, world_size
 
 
@@ -35,13 +37,36 @@ def run(config: Config) -> None:
     from megakda.data.datasets import build_datasets, prepare_data
     from megakda.trainer import Trainer, checkpoint_root
 
-    if rank() == 0:
-        checkpoints.resolve(config.train.resume, checkpoint_root(config))
-        prepare_data(config)
-    with process_groups(config.parallel, config.runtime, device):
+    with contextlib.ExitStack() as stack:
+        if rank() == 0:
+            checkpoints.resolve(config.train.resume, checkpoint_root(config))
+            prepare_data(config)
+            stack.enter_context(claim_folder(Path(config.train.out)))
+        stack.enter_context(process_groups(config.parallel, config.runtime, device))
         corpus = prepare_data(config, scan=False)
         trainer = Trainer(config, derived, corpus.tokenizer, build_datasets(config, corpus))
         trainer.fit()
+
+
+@contextlib.contextmanager
+def claim_folder(out: Path) -> Iterator[None]:
+    """Keeps a second run from writing into `out` while this process lives, however it ends.
+
+    Raises:
+        ConfigError: another process is training into `out`.
+    """
+    import fcntl
+
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"train.out={out}: another run is writing there; wait for it or end it (after a "
+                "crash of torchrun alone its workers may live on), or set another train.out"
+            ) from None
+        yield
 
 
 def main(argv: Sequence[str] | None = None) -> int:

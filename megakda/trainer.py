@@ -25,6 +25,7 @@ from megakda.metrics.report import Reporter
 from megakda.metrics.step_metrics import KdaTelemetry
 from megakda.models.init import initialize
 from megakda.models.kimi_linear import build_chunks
+from megakda.models.sharding import ModelChunk
 from megakda.optim.build import Schedule, build_optimizer, clip_gradients
 from megakda.optim.finalize import GradFinalizer
 from megakda.runtime.distributed import StopSignals, seed_step
@@ -52,24 +53,18 @@ class Trainer:
         datasets: sequences to train and validate on.
     """
 
-    def __init__(
-        self, config: Config, derived: Derived, tokenizer: Tokenizer, datasets: Datasets
-    ):
+    def __init__(self, config: Config, derived: Derived, tokenizer: Tokenizer, datasets: Datasets):
         self.config, self.derived, self.datasets = config, derived, datasets
         self.tokenizer = tokenizer
         self.out = Path(config.train.out)
         self.chunks = _build_model(config)
         self.optimizer = build_optimizer(config, self.chunks)
-        self.schedule = Schedule(
-            self.optimizer, config.optim, config.schedule, config.train.steps
-        )
+        self.schedule = Schedule(self.optimizer, config.optim, config.schedule, config.train.steps)
         self.finalizer = GradFinalizer(self.chunks)
         self.guard = Guard(config.train.guard)
         self.telemetry = KdaTelemetry(self.chunks, config.model.num_layers)
         self.forward_backward = _forward_backward(config, derived, self.chunks, self.finalizer)
-        self.checkpoints = checkpoints.CheckpointManager(
-            checkpoint_root(config), config.checkpoint
-        )
+        self.checkpoints = checkpoints.CheckpointManager(checkpoint_root(config), config.checkpoint)
         self.signals = StopSignals()
         self.steps_done = 0
         self.sequences_consumed = 0
@@ -223,7 +218,7 @@ def checkpoint_root(config: Config) -> Path:
     return Path(config.train.out) / "checkpoints"
 
 
-def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def forward_step(batches: Iterator[Batch], chunk: ModelChunk) -> tuple[torch.Tensor, Any]:
     """One micro-batch through one chunk, as megatron-core's schedules call it.
 
     Returns:
@@ -250,7 +245,7 @@ def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[torc
     return output, summed_loss
 
 
-def _build_model(config: Config) -> list[torch.nn.Module]:
+def _build_model(config: Config) -> list[ModelChunk]:
     """This rank's chunks, initialised and wrapped for data parallelism."""
     parallel = config.parallel
     chunks = build_chunks(config.model, parallel, config.precision, config.train.context)
@@ -269,7 +264,7 @@ def _build_model(config: Config) -> list[torch.nn.Module]:
 
 
 def _forward_backward(
-    config: Config, derived: Derived, chunks: list[torch.nn.Module], finalizer: GradFinalizer
+    config: Config, derived: Derived, chunks: list[ModelChunk], finalizer: GradFinalizer
 ) -> Any:
     """megatron-core's schedule for this layout, with everything that stays the same bound."""
     core = chunks[0].config
@@ -315,7 +310,7 @@ def _agree(losses: list[dict[str, torch.Tensor]], stop: bool) -> tuple[float, bo
     return loss / max(tokens, 1.0), stops > 0
 
 
-def _sync_parameters(config: Config, chunks: list[torch.nn.Module], hooks: bool) -> None:
+def _sync_parameters(config: Config, chunks: list[ModelChunk], hooks: bool) -> None:
     """With overlapped parameter gathering: completes it and pauses the hooks, or restores them."""
     if not config.parallel.overlap_param_gather:
         return

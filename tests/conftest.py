@@ -12,7 +12,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import megakda.runtime  # noqa: E402
 from tests.ranks import RankPool  # noqa: E402
+
+megakda.runtime.install("cpu")  # before any test module imports megatron-core
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ SMALL = (
     "model.dense_ffn=128",
     "model.moe.expert_ffn=32",
     "train.context=48",
-    "train.global_batch=8",
+    "train.global_batch=4",
     "train.micro_batch=1",
     "train.eval_batches=0",
     "runtime.threads=1",
@@ -87,7 +87,7 @@ def fit(overrides: Sequence[str], corpus: Any, out: str) -> dict:
 def gather_global(chunks: list[torch.nn.Module], value: Any) -> dict[str, torch.Tensor]:
     """Global tensors assembled on rank 0 from `value(piece)` of every piece on every rank.
 
-    Blocks that several ranks hold must agree exactly.
+    Blocks that several ranks hold must agree.
     """
     from megakda.models.sharding import pieces
 
@@ -105,7 +105,9 @@ def gather_global(chunks: list[torch.nn.Module], value: Any) -> dict[str, torch.
         where = tuple(slice(o, o + n) for o, n in zip(offset, block.shape, strict=True))
         held = target[where]
         if not held.isnan().all():
-            assert torch.equal(held, block), f"{name}: {held.flatten()[:4]} {block.flatten()[:4]}"
+            # Replicas may round differently: BLAS kernels depend on how memory is aligned.
+            error = (held - block).norm() / block.norm().clamp_min(1e-12)
+            assert error < 1e-5, f"ranks disagree about {name} by {error:.1e}"
         target[where] = block
     assert not any(tensor.isnan().any() for tensor in whole.values())
     return whole
@@ -142,3 +144,71 @@ def _gradient(piece: Any) -> torch.Tensor:
     grad = piece.param.main_grad  # as contiguous as the parameter
     inside = piece.data.storage_offset() - piece.param.storage_offset()
     return grad.as_strided(piece.data.shape, piece.data.stride(), grad.storage_offset() + inside)
+
+
+def error_of(job: Any, *args: Any, **kwargs: Any) -> tuple[str, str]:
+    """The type and message of the MegakdaError that a job raises."""
+    from megakda.errors import MegakdaError
+
+    try:
+        job(*args, **kwargs)
+    except MegakdaError as error:
+        return type(error).__name__, str(error)
+    raise AssertionError("the job raised nothing")
+
+
+def fit_with_small_files(overrides: Sequence[str], corpus: Any, out: str, limit: int) -> Any:
+    """`fit` where no file may grow past `limit` bytes, as on a disk that is full."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        return fit(overrides, corpus, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def fit_with_free_space(overrides: Sequence[str], corpus: Any, out: str, free: int) -> Any:
+    """`fit` on a disk that says it has `free` bytes left."""
+    import shutil
+    from unittest import mock
+
+    usage = shutil._ntuple_diskusage(10**12, 10**12 - free, free)
+    with mock.patch("shutil.disk_usage", lambda path: usage):
+        return fit(overrides, corpus, out)
+
+
+def train_with_bad_batches(
+    overrides: Sequence[str], corpus: Any, bad: set[int], steps: int
+) -> dict:
+    """`steps` steps where the loss of those in `bad` (0-based) is not finite.
+
+    Returns:
+        problems per step, the guard's count, and whether the weights moved in each step.
+    """
+    with trainer(overrides, corpus) as run:
+        micro = run.derived.micro_batches
+
+        def poisoned(batches: Iterator[Any]) -> Iterator[Any]:
+            for number, batch in enumerate(batches):
+                if number // micro in bad:
+                    batch["loss_mask"] = batch["loss_mask"] * float("inf")
+                yield batch
+
+        batches = [poisoned(b) for b in run._batches(run.datasets.train, 0)]
+        problems, moved = [], []
+        for _ in range(steps):
+            before = [p.detach().clone() for c in run.chunks for p in c.parameters()]
+            biases = [b.clone() for c in run.chunks for n, b in c.named_buffers() if "bias" in n]
+            problems.append(run.step(batches).problem)
+            after = [p for c in run.chunks for p in c.parameters()]
+            biases_after = [b for c in run.chunks for n, b in c.named_buffers() if "bias" in n]
+            moved.append(
+                any(
+                    not torch.equal(x, y)
+                    for x, y in zip(before + biases, after + biases_after, strict=True)
+                )
+            )
+            run.guard.check(run.steps_done, problems[-1])
+        return {"problems": problems, "skipped": run.guard.skipped, "moved": moved}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Continues a prompt with the newest checkpoint of a run: python tools/generate.py RUN --prompt TEXT."""
+"""Continues a prompt with the newest checkpoint of a run."""
 
 from __future__ import annotations
 

@@ -11,11 +11,12 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -78,8 +79,8 @@ def quickstart(out: Path, overrides: list[str]) -> None:
     loss = [row["valid_loss"] for row in rows if "valid_loss" in row][-1]
     _say("4. Result")
     print(
-        f"validation loss {loss:.3f} nats per token ({loss / math.log(2):.2f} bits per byte) against "
-        f"a unigram entropy of {entropy:.3f}: {entropy - loss:.3f} below"
+        f"validation loss {loss:.3f} nats per token ({loss / math.log(2):.2f} bits) against a "
+        f"unigram entropy of {entropy:.3f}: {entropy - loss:.3f} below"
     )
     if loss > entropy - 0.5:
         raise MegakdaError(f"the model learned too little: {loss:.3f} against {entropy:.3f}")
@@ -103,15 +104,17 @@ def quickstart(out: Path, overrides: list[str]) -> None:
 
 def _train_and_kill(command: list[str], out: Path, step: int) -> None:
     """Starts training and kills every process of it once `step` steps are done."""
-    process = subprocess.Popen(command, env=_environment(), start_new_session=True)
+    process = subprocess.Popen(command, env=_environment())
     try:
         while process.poll() is None and _steps_done(out) < step:
             time.sleep(0.2)
         if process.returncode is not None:
             raise subprocess.CalledProcessError(process.returncode, command)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        # torchrun puts its workers into sessions of their own: each has to be killed.
+        family = [psutil.Process(process.pid)] if process.poll() is None else []
+        for member in family + [child for p in family for child in p.children(recursive=True)]:
+            member.kill()
         process.wait()
 
 

@@ -1,10 +1,10 @@
 """Checkpoint folders: atomic, rotating, and never torn.
 
-    checkpoints/
-      step_00000200/      complete: it gets this name after its last byte is on disk
-      step_00000400/
-      latest              the name of the newest complete checkpoint
-      .step_00000600.partial/   a save in progress, or what a killed one left; never read
+checkpoints/
+  step_00000200/      complete: it gets this name after its last byte is on disk
+  step_00000400/
+  latest              the name of the newest complete checkpoint
+  .step_00000600.partial/   a save in progress, or what a killed one left; never read
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megakda.checkpoint import state
 from megakda.config.schema import CheckpointConfig
 from megakda.errors import CheckpointError, ConfigError
+from megakda.models.sharding import ModelChunk
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -60,7 +61,7 @@ class CheckpointManager:
     def save(
         self,
         step: int,
-        chunks: list[torch.nn.Module],
+        chunks: list[ModelChunk],
         optimizer: Any,
         trainer_state: dict[str, Any],
         manifest: dict[str, Any],
@@ -83,9 +84,7 @@ class CheckpointManager:
                 partial.mkdir(parents=True)
             torch.distributed.barrier()
             facts = {"format": FORMAT, "step": step, **manifest}
-            request = state.write(
-                partial, chunks, optimizer, trainer_state, self.config.async_save
-            )
+            request = state.write(partial, chunks, optimizer, trainer_state, self.config.async_save)
             commit = self._commit(partial, target, facts)
             if request is None:
                 commit()
@@ -145,12 +144,14 @@ class CheckpointManager:
             if path != keep:
                 shutil.rmtree(path)
 
-    def _check_space(self, chunks: list[torch.nn.Module], optimizer: Any) -> None:
+    def _check_space(self, chunks: list[ModelChunk], optimizer: Any) -> None:
         """Refuses a save that cannot fit, before it writes anything."""
         needed = _bytes_to_write(chunks, optimizer)
         free = shutil.disk_usage(_existing_parent(self.root)).free
         if needed > free:
-            raise OSError(f"needs about {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free")
+            raise OSError(
+                f"needs about {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free"
+            )
 
     def _save_failed(self, target: Path, error: BaseException) -> str:
         newest = latest(self.root)
@@ -195,7 +196,7 @@ def resolve(resume: str, root: Path) -> Path | None:
 
 
 def load(
-    path: Path, chunks: list[torch.nn.Module], optimizer: Any | None, model: dict[str, Any]
+    path: Path, chunks: list[ModelChunk], optimizer: Any | None, model: dict[str, Any]
 ) -> dict[str, Any]:
     """Loads a complete checkpoint at this run's layout; returns the trainer's state. Collective.
 
@@ -305,7 +306,7 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
-def _bytes_to_write(chunks: list[torch.nn.Module], optimizer: Any) -> int:
+def _bytes_to_write(chunks: list[ModelChunk], optimizer: Any) -> int:
     """Bytes of weights and optimizer state over all ranks, each tensor once."""
     # Replicas are counted by every tensor- or data-parallel rank, so this overestimates small
     # replicated weights; the sum over ranks is divided by the replication of the bulk.

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 
-from megakda.models.sharding import METADATA
+from megakda.models.sharding import METADATA, ModelChunk
 
 CONTENT = {
     **METADATA,
@@ -29,7 +29,7 @@ CONTENT = {
 
 def write(
     folder: Path,
-    chunks: list[torch.nn.Module],
+    chunks: list[ModelChunk],
     optimizer: Any,
     trainer_state: dict[str, Any],
     async_save: bool,
@@ -56,7 +56,7 @@ def write(
     )
 
 
-def read(folder: Path, chunks: list[torch.nn.Module], optimizer: Any | None) -> dict[str, Any]:
+def read(folder: Path, chunks: list[ModelChunk], optimizer: Any | None) -> dict[str, Any]:
     """Loads weights, and optimizer state where an optimizer is given; returns the trainer's state.
 
     A collective call; works at another layout than the checkpoint was saved at.
@@ -74,7 +74,7 @@ def read(folder: Path, chunks: list[torch.nn.Module], optimizer: Any | None) -> 
     return loaded["trainer"]
 
 
-def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(chunks: list[ModelChunk], optimizer: Any, is_loading: bool) -> dict[str, Any]:
     metadata = {**CONTENT, "dp_cp_group": _data_parallel_group()}
     state: dict[str, Any] = {
         name: _unwrap(chunk).sharded_state_dict(metadata=dict(metadata))
@@ -88,11 +88,11 @@ def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, is_loading: bo
     return state
 
 
-def _chunk_names(chunks: list[torch.nn.Module]) -> list[str]:
+def _chunk_names(chunks: list[ModelChunk]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
 
 
-def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+def _unwrap(chunk: ModelChunk) -> ModelChunk:
     return chunk.module if hasattr(chunk, "ddp_config") else chunk
 
 

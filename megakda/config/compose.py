@@ -41,7 +41,7 @@ def recipes_dir() -> Path:
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The recipe tree's `config.yaml` with `overrides` in Hydra's syntax, checked for names and types.
+    """The recipe tree's `config.yaml` with `overrides` (Hydra's syntax), names and types checked.
 
     Raises:
         ConfigError: an unknown key, recipe or value, or an override that cannot be parsed.
@@ -93,7 +93,9 @@ def _tree_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 def _no_such_setting(key: str, known: list[str]) -> str:
     groups = sorted(path.name for path in recipes_dir().iterdir() if path.is_dir())
-    return f"{key}: no such setting{_suggest(key, known + groups)}; recipes/README.md lists them all"
+    return (
+        f"{key}: no such setting{_suggest(key, known + groups)}; recipes/README.md lists them all"
+    )
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

@@ -70,7 +70,9 @@ class ModelConfig:
     num_heads: int = MISSING
     vocab_size: int = MISSING
     pattern: Any = "3:1"  # linear:full, or one of "linear"/"full" per layer
-    last_layer_full: bool = True  # as in the 48B model; no effect where the pattern has no full layer
+    last_layer_full: bool = (
+        True  # as in the 48B model; no effect where the pattern has no full layer
+    )
     ffn: str = _choice("moe", "dense")
     dense_ffn: int = MISSING
     norm_eps: float = 1e-5
@@ -96,7 +98,9 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     recompute: str = _choice("none", "full", "selective")
-    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn", "layernorm", "mlp", "moe"])
+    recompute_modules: list[str] = field(
+        default_factory=lambda: ["core_attn", "layernorm", "mlp", "moe"]
+    )
 
 
 @dataclass
@@ -182,7 +186,9 @@ class RuntimeConfig:
     backend: str = _choice("torch", "transformer_engine")  # where fused linears come from
     timeout_minutes: float = 30.0  # of collectives
     threads: int | None = None  # CPU threads per rank; null: cores / local ranks
-    peak_tflops: float | None = None  # per device, for MFU; null: from the device's name, else no MFU
+    peak_tflops: float | None = (
+        None  # per device, for MFU; null: from the device's name, else no MFU
+    )
 
 
 @dataclass

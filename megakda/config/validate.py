@@ -88,11 +88,12 @@ def derive(config: Config, world_size: int) -> Derived:
         )
     micro_batches = t.global_batch // per_micro_step
     if p.virtual_pipeline > 1 and micro_batches % p.pipeline:
+        rounded_up = -(-micro_batches // p.pipeline) * p.pipeline
         raise ConfigError(
             f"interleaved pipelines need micro-batches in multiples of parallel.pipeline="
             f"{p.pipeline}, but train.global_batch={t.global_batch} makes {micro_batches} per "
-            f"rank: use train.global_batch={-(-micro_batches // p.pipeline) * p.pipeline * per_micro_step}"
-            " or parallel.virtual_pipeline=1"
+            f"rank: use train.global_batch={rounded_up * per_micro_step} or "
+            "parallel.virtual_pipeline=1"
         )
     tokens_per_step = t.global_batch * t.context
     return Derived(

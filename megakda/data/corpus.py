@@ -44,7 +44,7 @@ def prepare_stdlib(
             written.
     """
     prefix = Path(out_dir) / "stdlib"
-    extra = {"corpus": "stdlib", "max_bytes": max_bytes, "order": _SEED}
+    extra: dict[str, object] = {"corpus": "stdlib", "max_bytes": max_bytes, "order": _SEED}
     deadline = time.monotonic() + _WAIT
     while not _complete(prefix, tokenizer_spec, extra):
         files = _sources(max_bytes)

@@ -62,7 +62,7 @@ def prepare_data(config: Config, scan: bool = True) -> Corpus:
         target = Path(data.paths[0])
         if len(data.paths) != 1 or target.name != "stdlib":
             raise ConfigError(
-                f"data.paths={list(data.paths)}: data.prepare=stdlib makes one data set of the name "
+                f"data.paths={list(data.paths)}: data.prepare=stdlib makes one data set named "
                 "stdlib, as in data.paths=[FOLDER/stdlib]"
             )
         if not target.with_name("stdlib.idx").exists():
@@ -81,7 +81,7 @@ def _check_split(split: str, part: IndexedInfo, validates: bool) -> None:
         shares = []
     if len(shares) != 3 or min(shares) < 0 or shares[0] == 0:
         raise ConfigError(
-            f'data.split="{split}": needs three shares, of training, validation and test, the first '
+            f'data.split="{split}": needs three shares (training, validation, test), the first '
             'positive, as in "98,2,0"'
         )
     if validates and shares[1] == 0:

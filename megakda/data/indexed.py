@@ -27,7 +27,7 @@ _MARK = "megakda_format"
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {
+_DTYPES: dict[int, np.dtype] = {
     1: np.dtype("uint8"),
     2: np.dtype("int8"),
     3: np.dtype("<i2"),

@@ -61,7 +61,11 @@ class Tokenizer(Protocol):
     eod: int  # id that ends a document
     pad: int  # id of padding, -1 if there is none
     fingerprint: str  # equal for two tokenizers exactly if they give the same ids
-    unique_identifiers: dict[str, Any]  # keys of megatron-core's index cache
+
+    @property
+    def unique_identifiers(self) -> dict[str, Any]:
+        """What megatron-core's index caches are keyed by."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens spelled out in the text are ordinary text."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from megakda.checkpoint import manager as checkpoints
 from megakda.config import Config
@@ -20,6 +20,7 @@ from megakda.config.schema import ParallelConfig
 from megakda.data.tokenizer import Tokenizer, load_tokenizer
 from megakda.errors import CheckpointError, ConfigError
 from megakda.models.kimi_linear import build_chunks
+from megakda.models.sharding import ModelChunk
 from megakda.runtime.distributed import process_groups
 
 
@@ -34,11 +35,12 @@ def run_config(run: Path) -> Config:
         tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; name a run's train.out") from error
+    assert isinstance(tree, DictConfig)
     return from_tree(tree)
 
 
 @contextmanager
-def loaded_model(run: Path, device: torch.device) -> Iterator[tuple[torch.nn.Module, Tokenizer]]:
+def loaded_model(run: Path, device: torch.device) -> Iterator[tuple[ModelChunk, Tokenizer]]:
     """The newest checkpoint of a run as one whole model on one rank, and its tokenizer.
 
     Raises:
@@ -56,7 +58,7 @@ def loaded_model(run: Path, device: torch.device) -> Iterator[tuple[torch.nn.Mod
 
 @torch.no_grad()
 def sample(
-    model: torch.nn.Module,
+    model: ModelChunk,
     tokenizer: Tokenizer,
     prompt: str,
     tokens: int,

@@ -79,7 +79,7 @@ class StackedExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """One tensor per matrix over all experts: axis 0 split over EP, the width over expert TP."""
+        """One tensor per matrix: experts split over EP along axis 0, the width over expert TP."""
         assert not sharded_offsets, "layers are stored one by one"
         ep, etp = self.ep_group, self.tp_group
         return {

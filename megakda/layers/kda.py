@@ -26,7 +26,7 @@ from megakda.layers import initializers
 from megakda.layers.linear import ReplicatedLinear, column_parallel, project_together
 
 SATURATED_LOW, SATURATED_HIGH = 0.01, 0.999
-"""A decay exp(g) outside this range counts as saturated: it forgets all, or nothing, in one step."""
+"""A decay exp(g) outside these is saturated: it forgets all, or nothing, in one step."""
 
 
 class ShortConvolution(MegatronModule):
@@ -36,7 +36,11 @@ class ShortConvolution(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, channels: int, taps: int, tp_group: torch.distributed.ProcessGroup
+        self,
+        config: TransformerConfig,
+        channels: int,
+        taps: int,
+        tp_group: torch.distributed.ProcessGroup,
     ):
         super().__init__(config=config)
         self.tp_group = tp_group
@@ -63,7 +67,9 @@ class HeadNorm(torch.nn.Module):
     Shape: x and gate [..., head_dim] -> [..., head_dim].
     """
 
-    def __init__(self, config: TransformerConfig, head_dim: int, eps: float, activation: str | None):
+    def __init__(
+        self, config: TransformerConfig, head_dim: int, eps: float, activation: str | None
+    ):
         super().__init__()
         self.eps, self.activation = eps, activation
         self.weight = torch.nn.Parameter(
@@ -123,9 +129,7 @@ class KimiDeltaAttention(MegatronModule):
             self.a_proj = column_parallel(hidden, num_heads, config, pg_collection)
         decays = self.num_heads * (linear.head_dim_k if linear.mixer == "kda" else 1)
         # fp32 whatever the model's dtype: bf16 cannot hold a decay close to 1.
-        self.A_log = _head_parameter(
-            (self.num_heads,), torch.float32, initializers.log_decay_rate
-        )
+        self.A_log = _head_parameter((self.num_heads,), torch.float32, initializers.log_decay_rate)
         self.dt_bias = _head_parameter((decays,), torch.float32, initializers.decay_bias)
 
         if linear.output_gate != "none":
@@ -166,11 +170,11 @@ class KimiDeltaAttention(MegatronModule):
         projections = [self.q_proj, self.k_proj, self.v_proj, self.b_proj]
         if self.linear.mixer == "gdn":
             projections.append(self.a_proj)
-        q, k, v, beta, *decay = project_together(hidden_states, projections)
+        q, k, v, beta, *rest = project_together(hidden_states, projections)
         if self.linear.mixer == "kda":
             decay, _ = self.f_b_proj(self.f_a_proj(hidden_states))
         else:
-            (decay,) = decay
+            (decay,) = rest
         gate = None
         if self.linear.output_gate != "none":
             gate, _ = self.g_b_proj(self.g_a_proj(hidden_states))
@@ -210,7 +214,7 @@ class KimiDeltaAttention(MegatronModule):
             q,
             k,
             v,
-            g.expand(-1, -1, -1, self.linear.head_dim_k),
+            g,
             beta,
             use_qk_l2norm_in_kernel=True,
             use_beta_sigmoid_in_kernel=True,

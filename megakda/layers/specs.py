@@ -68,7 +68,8 @@ _MLP = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLine
 def _moe_spec(model: ModelConfig) -> ModuleSpec:
     shared = ModuleSpec(SharedExpertMLP, submodules=_MLP) if model.moe.num_shared_experts else None
     return ModuleSpec(
-        MoELayer, submodules=MoESubmodules(
+        MoELayer,
+        submodules=MoESubmodules(
             router=SigmoidRouter, experts=StackedExperts, shared_experts=shared
-        )
+        ),
     )

@@ -149,7 +149,7 @@ def _draw(runs: list[_Run], out: Path, smooth: int | None, use_tokens: bool) -> 
     for name, title in (("lr", "Learning rate"), ("tokens_per_s", "Throughput, tokens/s")):
         if any(np.isfinite(run.columns[name]).any() for run in runs):
             panels.append((name, title))
-    style = {
+    style: Any = {
         "font.family": "sans-serif",
         "font.size": 10,
         "text.color": _INK,
@@ -162,7 +162,8 @@ def _draw(runs: list[_Run], out: Path, smooth: int | None, use_tokens: bool) -> 
         heights = [3.2] + [1.0] * (len(panels) - 1)
         figure = Figure(figsize=(8.6, 1.35 * sum(heights) + 0.9), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(h_pad=0.06, w_pad=0.1)
+        layout: Any = figure.get_layout_engine()
+        layout.set(h_pad=0.06, w_pad=0.1)
         grid = figure.subplots(
             len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
         )

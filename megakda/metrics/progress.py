@@ -169,9 +169,8 @@ class Progress:
             return shutil.get_terminal_size().columns
 
     def _plain(self, line: str, now: float) -> None:
-        first = self._shown_at is None
         last = self._step >= self.total_steps
-        if first or last or now - self._shown_at >= self.every_seconds:
+        if self._shown_at is None or last or now - self._shown_at >= self.every_seconds:
             self._print(line)
             self._shown_at, self._pending = now, None
         else:

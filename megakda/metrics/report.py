@@ -14,6 +14,7 @@ from megakda.metrics.step_metrics import KdaTelemetry, memory_gib, parameter_and
 from megakda.metrics.writers import MetricWriters, open_writers
 from megakda.models.flops import flops_per_token, mfu, peak_flops
 from megakda.models.params import count_parameters
+from megakda.models.sharding import ModelChunk
 
 if TYPE_CHECKING:
     from megakda.optim.finalize import GradFinalizer
@@ -32,7 +33,7 @@ class Reporter:
         derived: Derived,
         out: Path,
         start_step: int,
-        chunks: list[torch.nn.Module],
+        chunks: list[ModelChunk],
         finalizer: GradFinalizer,
     ):
         self.config, self.derived, self.out = config, derived, out
@@ -115,9 +116,7 @@ class Reporter:
             **parameter_and_expert_metrics(self.chunks, self.finalizer),
         }
         if self.peak:
-            row["mfu"] = mfu(
-                tokens_per_s, self.flops.training, self.derived.world_size, self.peak
-            )
+            row["mfu"] = mfu(tokens_per_s, self.flops.training, self.derived.world_size, self.peak)
         if telemetry is not None:
             row.update(telemetry.collect())
         self._write(step, row)

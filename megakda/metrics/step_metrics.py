@@ -9,11 +9,12 @@ import torch
 from megatron.core import parallel_state
 
 from megakda.layers.kda import KimiDeltaAttention
+from megakda.models.sharding import ModelChunk
 from megakda.optim.finalize import GradFinalizer
 
 
 def parameter_and_expert_metrics(
-    chunks: list[torch.nn.Module], finalizer: GradFinalizer
+    chunks: list[ModelChunk], finalizer: GradFinalizer
 ) -> dict[str, float]:
     """Parameter norm, and expert load and bias where the model has experts. Collective.
 
@@ -52,7 +53,7 @@ def parameter_and_expert_metrics(
 class KdaTelemetry:
     """Health of every linear attention layer: mean decay, mean beta, share of saturated decays."""
 
-    def __init__(self, chunks: list[torch.nn.Module], num_layers: int):
+    def __init__(self, chunks: list[ModelChunk], num_layers: int):
         self._layers = [
             module
             for chunk in chunks

@@ -70,9 +70,7 @@ def build_rank(config: Config, rank: int, world_size: int) -> RankModel:
         mock.patch.object(torch.cuda, "current_device", lambda: meta),
         meta,
     ):
-        chunks = build_chunks(
-            config.model, config.parallel, config.precision, config.train.context
-        )
+        chunks = build_chunks(config.model, config.parallel, config.precision, config.train.context)
         parts = [piece for chunk in chunks for piece in pieces(chunk)]
         assert all(piece.data.is_meta for piece in parts)
         return RankModel(

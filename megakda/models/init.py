@@ -15,14 +15,14 @@ from collections.abc import Iterable
 import torch
 
 from megakda.layers.initializers import Initializer, normal
-from megakda.models.sharding import Piece, pieces
+from megakda.models.sharding import ModelChunk, Piece, pieces
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements per block; part of the definition of the weights, so it never changes."""
 
 
 @torch.no_grad()
-def initialize(chunks: Iterable[torch.nn.Module], seed: int, std: float) -> None:
+def initialize(chunks: Iterable[ModelChunk], seed: int, std: float) -> None:
     """Fills every parameter in place; N(0, std^2) where a layer asks for nothing else."""
     for chunk in chunks:
         for piece in pieces(chunk):

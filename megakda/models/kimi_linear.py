@@ -12,9 +12,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megakda.config.layout import chunk_layers, chunk_layers_of_rank
+from megakda.config.pattern import layer_kinds
 from megakda.config.schema import ModelConfig, ParallelConfig
 from megakda.layers.specs import block_spec
-from megakda.config.pattern import layer_kinds
+from megakda.models.sharding import ModelChunk
 
 
 def transformer_config(
@@ -133,7 +134,7 @@ def build_chunks(
     return chunks
 
 
-def routers(chunk: torch.nn.Module) -> list[TopKRouter]:
+def routers(chunk: ModelChunk) -> list[TopKRouter]:
     """The MoE routers of a chunk, in layer order."""
     return [module for module in chunk.modules() if isinstance(module, TopKRouter)]
 

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megakda.config.pattern import FULL, layer_kinds
 from megakda.config.schema import ModelConfig
 from megakda.errors import ConfigError
-from megakda.config.pattern import FULL, layer_kinds
 
 
 @dataclass(frozen=True)

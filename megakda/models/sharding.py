@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+ModelChunk: TypeAlias = Any
+"""A GPTModel, bare or wrapped for data parallelism (torch types any module attribute as
+``Tensor | Module``, so a closer type would only get in the way)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Piece:
 METADATA = {"non_homogeneous_layers": True}  # layers are stored one by one under global numbers
 
 
-def pieces(chunk: torch.nn.Module) -> Iterator[Piece]:
+def pieces(chunk: ModelChunk) -> Iterator[Piece]:
     """Every parameter of a model chunk, as pieces of global tensors.
 
     Raises:

@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megakda.config.schema import Config, OptimConfig, ScheduleConfig
+from megakda.models.sharding import ModelChunk
 
 NO_DECAY = {
     # Norm weights, A_log and dt_bias: pulling a scale or a rate towards zero is not regularisation.
@@ -23,7 +24,7 @@ NO_DECAY = {
 }
 
 
-def build_optimizer(config: Config, chunks: list[torch.nn.Module]) -> ChainedOptimizer:
+def build_optimizer(config: Config, chunks: list[ModelChunk]) -> ChainedOptimizer:
     """AdamW over fp32 main parameters, sharded over data-parallel ranks where asked.
 
     Matrices, embeddings and convolution kernels decay; one-dimensional parameters do not.

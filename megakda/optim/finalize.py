@@ -10,6 +10,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megakda.models.kimi_linear import routers
+from megakda.models.sharding import ModelChunk
 
 
 class GradFinalizer:
@@ -23,7 +24,7 @@ class GradFinalizer:
     It also hands out the expert loads that megatron-core clears at this point.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module]):
+    def __init__(self, chunks: list[ModelChunk]):
         self._partial = [
             param
             for chunk in chunks
@@ -34,9 +35,7 @@ class GradFinalizer:
         self.tokens = 0  # real tokens of the global batch that was finalised last
         self.expert_loads: torch.Tensor | None = None  # [MoE layers here, experts], same batch
 
-    def __call__(
-        self, chunks: list[torch.nn.Module], num_tokens: torch.Tensor, **kwargs: Any
-    ) -> None:
+    def __call__(self, chunks: list[ModelChunk], num_tokens: torch.Tensor, **kwargs: Any) -> None:
         """Called by the pipeline schedules after the last backward pass of a step.
 
         Gradients come out as the mean over all real tokens of the global batch.
@@ -55,7 +54,7 @@ class GradFinalizer:
             )
         group = parallel_state.get_tensor_model_parallel_group()
         if group.size() > 1 and self._partial:
-            grads = [param.main_grad for param in self._partial]
+            grads = [param.main_grad for param in self._partial]  # type: ignore[attr-defined]
             joint = _flatten_dense_tensors(grads)
             torch.distributed.all_reduce(joint, group=group)
             for grad, total in zip(grads, _unflatten_dense_tensors(joint, grads), strict=True):

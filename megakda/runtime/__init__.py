@@ -60,7 +60,9 @@ def install(device: str = "auto", backend: str = "torch") -> torch.device:
             f"the runtime was installed for {_installed} and cannot change to {(kind, backend)} "
             "in the same process"
         )
-    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+    )
 
 
 def _check_versions() -> None:

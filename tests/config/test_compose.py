@@ -68,14 +68,15 @@ def test_saved_config_composes_to_itself(tmp_path):
 
     config = compose(["model=kimi_linear_48b", "parallel=tp2"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    loaded = OmegaConf.merge(
-        OmegaConf.structured(Config), OmegaConf.load(tmp_path / "config.yaml")
-    )
+    loaded = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(tmp_path / "config.yaml"))
     assert from_tree(loaded) == config
 
 
 COMPOSE_ERRORS = {
-    "mistyped key": (["model.hiden_size=3"], ["model.hiden_size", "did you mean model.hidden_size"]),
+    "mistyped key": (
+        ["model.hiden_size=3"],
+        ["model.hiden_size", "did you mean model.hidden_size"],
+    ),
     "mistyped top key": (["precission=bf16"], ["precission", "did you mean precision"]),
     "appended key": (["+model.color=red"], ["model.color", "no such setting"]),
     "mistyped group": (["modle=tiny"], ["modle", "did you mean model"]),

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from megakda.errors import ConfigError
 from megakda.config.pattern import layer_kinds
+from megakda.errors import ConfigError
 
 REFERENCE = json.loads(
     (Path(__file__).parents[1] / "reference" / "kimi_linear_paper.json").read_text()

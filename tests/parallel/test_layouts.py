@@ -30,11 +30,8 @@ DENSE_LAYOUTS = {
     "tp4_no_sp": (4, ["parallel.tensor=4", "parallel.sequence=false"]),
     "tp4": (4, ["parallel.tensor=4"]),
 }
-RECOMPUTE = {
-    "none": [],
-    "full": ["parallel.recompute=full"],
-    "selective": ["parallel.recompute=selective"],
-}
+RECOMPUTE = {"none": [], "full": ["parallel.recompute=full"]}
+SELECTIVE = ["parallel.recompute=selective"]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +71,13 @@ def test_dense_model(ranks, corpus, one_rank, layout, recompute):
     overrides = ["model.ffn=dense", *overrides, *RECOMPUTE[recompute]]
     found = ranks.run(world, jobs.train, overrides, corpus, STEPS, gradients=True)[0]
     check(found, one_rank("model.ffn=dense"))
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2_pp2"])
+def test_selective_recompute(ranks, corpus, one_rank, layout):
+    world, overrides = MOE_LAYOUTS[layout]
+    overrides = [*overrides, *SELECTIVE]
+    check(ranks.run(world, jobs.train, overrides, corpus, STEPS, gradients=True)[0], one_rank())
 
 
 VARIANTS = {

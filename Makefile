@@ -1,0 +1,58 @@
+# Everything a new checkout needs: `make quickstart`, then `make test`.
+#
+#   PYTHON    the interpreter to build the environment with (3.10 or newer)
+#   VENV      where the environment goes
+#   PIP_ARGS  extra arguments for pip, for example an index with CPU builds of torch:
+#             make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+SOURCES := megakda tools tests setup.py
+
+.PHONY: help quickstart test lint format docs-figures clean
+
+help:
+	@echo "make quickstart    environment, a small model trained on 2 CPU ranks, a sample, a plot"
+	@echo "make test          the test suite (2 cores, no GPU)"
+	@echo "make lint          ruff and mypy"
+	@echo "make format        ruff's formatter and import order"
+	@echo "make docs-figures  trains the models behind the figures in docs/"
+	@echo "make clean         remove build products and caches (runs and data stay)"
+
+# torch is installed by its pinned version: a bare requirement may choose a much larger build.
+$(VENV)/.base: pyproject.toml setup.py constraints.txt
+	@echo "creating $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch==2.13.0
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+quickstart: $(VENV)/.base
+	@$(BIN)/python tools/quickstart.py
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+docs-figures: $(VENV)/.base
+	@$(BIN)/python tools/compare_precision.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,64 @@
+"""Resuming is exact at the same layout, and right at any other."""
+
+import pytest
+import torch
+
+from tests import jobs
+
+RUN = ["schedule.warmup_steps=2", "train.guard.spike_sigmas=50", "train.guard.spike_window=2"]
+
+SAME = {
+    "one": (1, []),
+    "one_bf16": (1, ["precision=bf16"]),
+    "tp2": (2, ["parallel=tp2"]),
+    "pp2_vpp2": (2, ["parallel=pp2_vpp2"]),
+    "ep2_bf16_async": (2, ["parallel=ep2", "precision=bf16", "checkpoint.async_save=true"]),
+    "dp2_overlap": (
+        2,
+        ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", SAME)
+def test_same_layout_continues_bit_for_bit(ranks, corpus, tmp_path, layout):
+    world, overrides = SAME[layout]
+    overrides = [*RUN, *overrides]
+
+    def fit(steps, out):
+        return ranks.run(world, jobs.fit, [*overrides, f"train.steps={steps}"], corpus, str(out))[0]
+
+    whole = fit(6, tmp_path / "whole")
+    fit(3, tmp_path / "parts")
+    parts = fit(6, tmp_path / "parts")
+    assert len(whole["loss"]) == 6
+    assert parts["loss"] == whole["loss"]
+    assert parts["weights"].keys() == whole["weights"].keys()
+    for name, weight in whole["weights"].items():
+        assert torch.equal(parts["weights"][name], weight), name
+
+
+OTHER = {
+    "tp2_to_pp2": ((2, ["parallel=tp2"]), (2, ["parallel=pp2"])),
+    "ep2_to_tp2": ((2, ["parallel=ep2"]), (2, ["parallel=tp2"])),
+    "dp2_to_one": ((2, []), (1, [])),
+    "one_to_pp2_vpp2": ((1, []), (2, ["parallel=pp2_vpp2"])),
+}
+
+
+@pytest.mark.parametrize("move", OTHER)
+def test_another_layout_continues_the_same_run(ranks, corpus, tmp_path, move):
+    (world, first), (other_world, second) = OTHER[move]
+
+    def fit(world, overrides, steps, out):
+        overrides = [*RUN, *overrides, f"train.steps={steps}"]
+        return ranks.run(world, jobs.fit, overrides, corpus, str(out))[0]
+
+    whole = fit(world, first, 6, tmp_path / "whole")
+    fit(world, first, 3, tmp_path / "parts")
+    parts = fit(other_world, second, 6, tmp_path / "parts")
+    assert parts["loss"][:3] == whole["loss"][:3]
+    assert parts["loss"][3:] == pytest.approx(whole["loss"][3:], rel=1e-5)
+    for name, weight in whole["weights"].items():
+        error = (parts["weights"][name] - weight).norm() / weight.norm().clamp_min(1e-12)
+        assert error < 1e-4, f"{name}: {error:.2e}"
