@@ -6,6 +6,7 @@ module-level function that runs on every rank of a fresh world and returns somet
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -13,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import psutil
 
 JOB_SECONDS = 240
 
@@ -62,6 +65,10 @@ class RankPool:
         """Ends all processes."""
         for process, pipe in self._workers:
             pipe.close()
+            # A rank that has saved has helpers of its own, which would outlive it.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for helper in psutil.Process(process.pid).children(recursive=True):
+                    helper.kill()
             process.kill()
             process.join()
         self._workers = []

@@ -334,7 +334,10 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    reason = lines[0] if lines else type(error).__name__
+    if "inline_container" in reason:  # torch's zip writer hides why a write came up short
+        reason += " (a file could not be written to its end: the disk or a quota is full)"
+    return reason
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

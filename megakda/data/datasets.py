@@ -138,7 +138,7 @@ def build_datasets(config: Config, corpus: Corpus) -> Datasets:
         train_set, valid_set, _ = BlendedMegatronDatasetBuilder(
             GPTDataset, sizes, lambda: True, settings
         ).build()
-    except (AssertionError, IndexError, ValueError, RuntimeError) as error:
+    except Exception as error:  # megatron-core raises bare exceptions here
         raise DataError(
             f"data.paths={list(data.paths)} cannot be cut into sequences of train.context="
             f"{train.context} tokens with data.split={data.split}: {error or type(error).__name__};"

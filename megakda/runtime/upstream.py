@@ -1,7 +1,7 @@
-"""Bugs of megatron-core 0.16.1 that appear where TransformerEngine is absent, on any device.
+"""Bugs of megatron-core 0.16.1 on any device, most of them where TransformerEngine is absent.
 
-Each entry says what goes wrong. All of them are reported by the stack trace or the wrong resume
-that they cause; drop an entry once a megatron-core release no longer needs it.
+Each entry says what goes wrong without it; drop an entry once a megatron-core release no longer
+needs it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from megakda.runtime.adamw import AdamW
-from megakda.runtime.hook import Patches
+from megakda.runtime.hook import Patches, merge
 
 
 def _router_gemm(module: ModuleType) -> dict[str, Any]:
@@ -38,13 +40,38 @@ def _adam_in_distributed_optimizer(module: ModuleType) -> dict[str, Any]:
     return {"Adam": AdamW, "HAVE_APEX_OR_TE": True, "USING_APEX_OPTIMIZER": True}
 
 
+def _mixed_dtype_groups(module: ModuleType) -> dict[str, Any]:
+    # A parameter group with fp32 and bf16 members (A_log beside norm weights, routers beside
+    # matrices) is numbered in the order of the gradient buffers, but the inner optimizer gets its
+    # fp32 members first: saving then reads another parameter's state. Numbering them the same way
+    # mends it.
+    optimizer = module.DistributedOptimizer
+    original = optimizer._build_optimizer_group_ranges
+
+    def build(cls: type, param_groups: Any, gbuf_ranges: Any) -> tuple[dict, list]:
+        order, groups = original(param_groups, gbuf_ranges)
+        for index, group in enumerate(groups):
+            group["params"].sort(key=lambda param: param.dtype != torch.float32)
+            order.update({param: (index, place) for place, param in enumerate(group["params"])})
+        return order, groups
+
+    optimizer._build_optimizer_group_ranges = classmethod(build)
+    return {}
+
+
 def patches(backend: str) -> Patches:
     """The patches for `runtime.backend`; with TransformerEngine its own FusedAdam stays."""
-    table: dict[str, Any] = {
+    table: Patches = {
         "transformer.moe.moe_utils": _router_gemm,
         "tensor_parallel.random": _checkpoint_without_output,
+        "optimizer.distrib_optimizer": _mixed_dtype_groups,
     }
     if backend == "torch":
-        table["optimizer"] = _adam
-        table["optimizer.distrib_optimizer"] = _adam_in_distributed_optimizer
+        table = merge(
+            table,
+            {
+                "optimizer": _adam,
+                "optimizer.distrib_optimizer": _adam_in_distributed_optimizer,
+            },
+        )
     return table
