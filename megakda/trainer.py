@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megakda import __version__
 from megakda.checkpoint import manager as checkpoints
 from megakda.config import Config, Derived
-from megakda.data.datasets import Batch, Datasets, micro_batches
+from megakda.data.datasets import Batch, Datasets, micro_batches, order_probe
 from megakda.data.tokenizer import Tokenizer
 from megakda.guard import Guard
 from megakda.metrics.report import Reporter
@@ -69,6 +69,7 @@ class Trainer:
         self.steps_done = 0
         self.sequences_consumed = 0
         self.tokens_seen = 0
+        self.data_reordered = False
 
     def step(self, batches: list[Iterator[Batch]]) -> StepResult:
         """One optimizer step: forward and backward over all micro-batches, then the update."""
@@ -105,7 +106,7 @@ class Trainer:
         config, train = self.config, self.config.train
         resumed = self.resume()
         with self.signals, self._reporter() as report:
-            report.start(resumed, self.steps_done, self.tokens_seen)
+            report.start(resumed, self.steps_done, self.tokens_seen, self.data_reordered)
             batches = self._batches(self.datasets.train, self.sequences_consumed)
             stopped = False
             while self.steps_done < train.steps and not stopped:
@@ -113,22 +114,23 @@ class Trainer:
                 self.telemetry.watch(watched)
                 started = time.perf_counter()
                 result = self.step(batches)
+                seconds = time.perf_counter() - started
+
+                stopped, last = result.stop, self.steps_done == train.steps
+                validates = self.datasets.valid is not None and (
+                    last or _due(self.steps_done, train.eval_every)
+                )
                 report.step(
                     self.steps_done,
                     self.tokens_seen,
                     result,
-                    time.perf_counter() - started,
-                    self.guard.skipped,
-                    self.telemetry if watched else None,
+                    seconds,
+                    skipped=self.guard.skipped,
+                    valid_loss=self.validate() if validates else None,
+                    telemetry=self.telemetry if watched else None,
                 )
                 self.guard.check(self.steps_done, result.problem)
                 self.checkpoints.poll()
-
-                stopped, last = result.stop, self.steps_done == train.steps
-                if self.datasets.valid is not None and (
-                    last or _due(self.steps_done, train.eval_every)
-                ):
-                    report.validation(self.steps_done, self.validate())
                 if last or stopped or _due(self.steps_done, train.save_every):
                     report.saved(self.save())
             self.checkpoints.close()
@@ -162,6 +164,7 @@ class Trainer:
                 "sequences_consumed": self.sequences_consumed,
                 "tokens_seen": self.tokens_seen,
                 "guard": self.guard.state_dict(),
+                "data_order": order_probe(self.datasets.train, self.sequences_consumed),
             },
             manifest={
                 "megakda": __version__,
@@ -191,6 +194,8 @@ class Trainer:
         self.sequences_consumed = state["sequences_consumed"]
         self.tokens_seen = state["tokens_seen"]
         self.guard.load_state_dict(state["guard"])
+        probe = order_probe(self.datasets.train, self.sequences_consumed)
+        self.data_reordered = probe != state["data_order"]
         return path
 
     def _reporter(self) -> Reporter:

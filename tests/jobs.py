@@ -80,8 +80,12 @@ def fit(overrides: Sequence[str], corpus: Any, out: str) -> dict:
     with trainer([*overrides, f"train.out={out}"], corpus) as run:
         run.fit()
         weights = gather_global(run.chunks, lambda piece: piece.data)
-    rows = [row for row in read_metrics(Path(out) / "metrics.jsonl") if "loss" in row]
-    return {"loss": [row["loss"] for row in rows], "weights": weights}
+    rows = read_metrics(Path(out) / "metrics.jsonl")
+    return {
+        "loss": [row["loss"] for row in rows],
+        "weights": weights,
+        "data_reordered": run.data_reordered,
+    }
 
 
 def gather_global(chunks: list[torch.nn.Module], value: Any) -> dict[str, torch.Tensor]:

@@ -54,7 +54,7 @@ def test_sigterm_saves_and_exits_cleanly_and_two_runs_do_not_share_a_folder(corp
     assert first.returncode == 0, log
     saved = latest(out / "checkpoints")
     assert f"stopped by SIGTERM after step {step_of(saved)}" in log
-    rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, step_of(saved) + 1))
     keys = "loss lr grad_norm param_norm tokens tokens_per_s tflops_per_s step_time_s memory_gib"
     assert set(keys.split()) <= rows[0].keys()

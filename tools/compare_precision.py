@@ -38,10 +38,7 @@ def main() -> int:
         subprocess.run([*command, f"train.out={out}"], env=environment, check=True)
         runs.append(out)
     print(plot_runs(runs, ROOT / "docs/figures/precision.png", labels=["fp32", "bf16"]))
-    fp32, bf16 = (
-        [row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
-        for run in runs
-    )
+    fp32, bf16 = ([row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in runs)
     gaps = [abs(b - a) for a, b in zip(fp32, bf16, strict=True)]
     print(f"largest gap {max(gaps):.4f}, mean gap of the last 50 steps {sum(gaps[-50:]) / 50:.4f}")
     for name, run in zip(("fp32", "bf16"), runs, strict=True):

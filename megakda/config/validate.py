@@ -244,6 +244,13 @@ def _check_parallel(config: Config) -> None:
         if m.moe.num_shared_experts:
             shared = m.moe.num_shared_experts * m.moe.expert_ffn
             divisible("shared expert width", shared, "parallel.tensor", p.tensor, tensor)
+        width = m.moe.expert_ffn // p.expert_tensor
+        if config.precision == "bf16" and (width % 8 or m.hidden_size % 8):
+            raise ConfigError(
+                f"model.hidden_size={m.hidden_size} and model.moe.expert_ffn / parallel."
+                f"expert_tensor={width} must be multiples of 8 with precision=bf16: grouped matrix "
+                "products need rows of whole 16-byte words"
+            )
         if p.tensor > 1 and not p.sequence:
             raise ConfigError(
                 f"parallel.sequence=false with parallel.tensor={p.tensor} and model.ffn=moe: every "

@@ -6,6 +6,7 @@ before, never on how the ranks are laid out.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,18 @@ class _Wrapped(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index % len(self.dataset)]
+
+
+def order_probe(dataset: Any, consumed: int) -> str:
+    """A fingerprint of which sequences the first `consumed` ones were: equal for the same order.
+
+    megatron-core shuffles all epochs that a run needs together, so another `train.steps`, split,
+    seed or corpus can change the order. Three sequences tell.
+    """
+    digest = hashlib.sha256()
+    for position in sorted({0, consumed // 2, max(0, consumed - 1)}):
+        digest.update(dataset[position % len(dataset)]["tokens"].numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def micro_batches(

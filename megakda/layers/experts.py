@@ -107,9 +107,12 @@ def grouped_linear(
     Returns:
         [tokens, out] in the dtype of `x`.
     """
-    if x.is_cuda:
+    if x.is_cuda and x.dtype == torch.bfloat16:  # the one dtype that torch's CUDA kernel takes
         offsets = tokens_per_expert.to(x.device).cumsum(0).to(torch.int32)
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+        out = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+        if out.requires_grad:
+            out.register_hook(torch.Tensor.contiguous)  # its backward takes no other layout
+        return out
     return _LoopedLinear.apply(x, weight, tokens_per_expert.tolist())
 
 

@@ -59,7 +59,9 @@ class Reporter:
         if self.writers:
             self.writers.close()
 
-    def start(self, resumed: Path | None, steps_done: int, tokens_seen: int) -> None:
+    def start(
+        self, resumed: Path | None, steps_done: int, tokens_seen: int, data_reordered: bool
+    ) -> None:
         """What will run, and how the derived numbers came about."""
         model = self.config.model
         count = count_parameters(model)
@@ -77,6 +79,12 @@ class Reporter:
         )
         if resumed:
             self._note(f"  resumed from {resumed} after step {steps_done}, {tokens_seen:,} tokens")
+        if data_reordered:
+            self._note(
+                "  WARNING: the sequences come in another order than before this resume (another "
+                "train.steps over several epochs, data.split, train.seed or corpus): some may "
+                "repeat, some may be left out"
+            )
 
     def step(
         self,
@@ -84,7 +92,9 @@ class Reporter:
         tokens_seen: int,
         result: StepResult,
         seconds: float,
+        *,
         skipped: int,
+        valid_loss: float | None,
         telemetry: KdaTelemetry | None,
     ) -> None:
         """The progress line, and a row of metrics where one is due. Collective when it is.
@@ -93,6 +103,8 @@ class Reporter:
             step: 1-based.
             tokens_seen: real tokens since the start of the run.
             seconds: of this step.
+            skipped: steps whose update was skipped since the start of the run.
+            valid_loss: nats per token, on the steps that validate.
             telemetry: given on the steps that recorded it.
         """
         tokens_per_s = self.derived.tokens_per_step / seconds
@@ -100,7 +112,10 @@ class Reporter:
             self.progress.update(step, result.loss, tokens_per_s, result.grad_norm, result.lr)
         if result.problem:
             self._note(f"step {step} skipped: {result.problem}")
-        if step % self.config.logging.every and telemetry is None and not result.problem:
+        if valid_loss is not None:
+            self._note(f"step {step}: validation loss {valid_loss:.4f}")
+        extra = telemetry is not None or valid_loss is not None or result.problem is not None
+        if step % self.config.logging.every and not extra:
             return
         per_device = tokens_per_s * self.flops.training / self.derived.world_size
         row: dict[str, Any] = {
@@ -117,14 +132,12 @@ class Reporter:
         }
         if self.peak:
             row["mfu"] = mfu(tokens_per_s, self.flops.training, self.derived.world_size, self.peak)
+        if valid_loss is not None:
+            row["valid_loss"] = valid_loss
         if telemetry is not None:
             row.update(telemetry.collect())
-        self._write(step, row)
-
-    def validation(self, step: int, loss: float) -> None:
-        """The validation loss after `step`, nats per token."""
-        self._note(f"step {step}: validation loss {loss:.4f}")
-        self._write(step, {"valid_loss": loss})
+        if self.writers:
+            self.writers.write(step, row)
 
     def saved(self, path: Path) -> None:
         """A checkpoint was written, or is being written in the background."""
@@ -144,10 +157,6 @@ class Reporter:
     def _note(self, text: str) -> None:
         if self.progress:
             self.progress.note(text)
-
-    def _write(self, step: int, row: dict[str, Any]) -> None:
-        if self.writers:
-            self.writers.write(step, row)
 
 
 def _peak_flops(config: Config) -> float | None:

@@ -8,6 +8,7 @@ CPU it also adapts megatron-core to gloo (`megakda.runtime.cpu`).
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 
 import torch
@@ -34,7 +35,7 @@ def install(device: str = "auto", backend: str = "torch") -> torch.device:
             that it adapts is gone, or megatron-core was imported before this call.
     """
     global _installed
-    has_gpu = torch.cuda.is_available() and _installed != ("cpu", backend)
+    has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise ConfigError(
             "runtime.device=cuda, but torch sees no GPU: use runtime.device=auto or install a "
@@ -60,9 +61,10 @@ def install(device: str = "auto", backend: str = "torch") -> torch.device:
             f"the runtime was installed for {_installed} and cannot change to {(kind, backend)} "
             "in the same process"
         )
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    )
+    if kind == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _check_versions() -> None:

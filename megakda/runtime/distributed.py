@@ -37,8 +37,6 @@ def process_groups(
     _limit_threads(runtime, device)
     if "MASTER_ADDR" not in os.environ:  # started without torchrun: a world of one
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(minutes=runtime.timeout_minutes),

@@ -62,3 +62,12 @@ def test_another_layout_continues_the_same_run(ranks, corpus, tmp_path, move):
     for name, weight in whole["weights"].items():
         error = (parts["weights"][name] - weight).norm() / weight.norm().clamp_min(1e-12)
         assert error < 1e-4, f"{name}: {error:.2e}"
+
+
+def test_another_data_order_is_noticed(ranks, corpus, tmp_path):
+    def fit(*overrides):
+        return ranks.run(1, jobs.fit, list(overrides), corpus, str(tmp_path))[0]["data_reordered"]
+
+    assert not fit("train.steps=2")
+    assert not fit("train.steps=3")
+    assert fit("train.steps=4", "data.split='50,25,25'")

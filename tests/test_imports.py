@@ -1,0 +1,224 @@
+"""Imports point one way, read from the source of every file; imports inside functions count too.
+
+An import under ``if TYPE_CHECKING:`` never runs and does not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import megakda
+
+ROOT = Path(megakda.__file__).resolve().parents[1]
+
+RANKS = {
+    # What everything may use, and what knows of nothing but itself.
+    "megakda": 0,  # the version number
+    "megakda.errors": 0,
+    "megakda.kernels": 0,  # torch and triton alone, so that it can be lifted out
+    "megakda.config": 1,
+    "megakda.runtime": 2,
+    # The one data path: tokens -> layers -> model -> optimizer -> checkpoint -> loop.
+    "megakda.guard": 3,
+    "megakda.layers": 3,
+    "megakda.data": 3,
+    "megakda.models": 4,
+    "megakda.optim": 5,
+    "megakda.checkpoint": 5,
+    "megakda.metrics": 6,
+    "megakda.trainer": 7,
+    # Where a person comes in.
+    "megakda.train": 8,
+    "megakda.inference": 8,
+}
+"""A file imports from its own package and from packages of a lower rank, never from an equal one:
+two packages of one rank do not know each other, so either can be understood, tested or replaced
+alone. A new package needs a line here, and with it a decision about what it may know."""
+
+NO_MEGATRON = [
+    # What runs before `megakda.runtime.install`, in tools, or where no model is built.
+    "megakda.config",
+    "megakda.errors",
+    "megakda.kernels",
+    "megakda.runtime",
+    "megakda.guard",
+    "megakda.train",
+    "megakda.data.tokenizer",
+    "megakda.data.preprocess",
+    "megakda.data.indexed",
+    "megakda.data.corpus",
+    "megakda.metrics.writers",
+    "megakda.metrics.progress",
+    "megakda.metrics.plot",
+    "megakda.models.params",
+    "megakda.models.flops",
+]
+"""Importing any of these, or a module below it, must not import megatron-core."""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted((ROOT / "megakda").rglob("*.py"))}
+TOOLS = sorted((ROOT / "tools").rglob("*.py"))
+
+
+def imported(tree: ast.AST, inside_functions: bool = True) -> Iterator[str]:
+    """Absolute names of the modules that `tree` imports."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import of {node.module} in line {node.lineno}"
+            for alias in node.names:  # a name in a package may be a module of its own
+                name = f"{node.module}.{alias.name}"
+                yield name if name in SOURCES else str(node.module)
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            yield from (name for other in node.orelse for name in imported(other))
+        elif inside_functions or not isinstance(
+            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+        ):
+            yield from imported(node, inside_functions)
+
+
+IMPORTS = {name: set(imported(ast.parse(path.read_text()))) for name, path in SOURCES.items()}
+IMPORTS_AT_LOAD = {
+    name: set(imported(ast.parse(path.read_text()), inside_functions=False))
+    for name, path in SOURCES.items()
+}
+
+
+def package(module: str) -> str:
+    """The entry of `RANKS` that a module of megakda belongs to."""
+    return ".".join(module.split(".")[:2])
+
+
+def is_below(module: str, parent: str) -> bool:
+    return f"{module}.".startswith(f"{parent}.")
+
+
+def test_the_reader_finds_imports_wherever_they_are():
+    source = """
+import a.b
+from megakda import errors, __version__
+if TYPE_CHECKING:
+    from never import x
+else:
+    import c
+def f():
+    import d
+    class G:
+        from e import y
+try:
+    import g
+except ImportError:
+    pass
+"""
+    tree = ast.parse(source)
+    at_load = ["a.b", "megakda.errors", "megakda", "c", "g"]
+    assert sorted(imported(tree, inside_functions=False)) == sorted(at_load)
+    assert sorted(imported(tree)) == sorted([*at_load, "d", "e"])
+    assert {"megakda.train", "megakda.layers.kda", "megakda.kernels"} <= SOURCES.keys()
+
+
+def test_every_package_has_a_rank():
+    assert {package(name) for name in SOURCES} == RANKS.keys()
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_down(module):
+    own = package(module)
+    wrong = [
+        name
+        for name in IMPORTS[module]
+        if is_below(name, "megakda")
+        and package(name) != own
+        and RANKS[package(name)] >= RANKS[own]
+    ]
+    assert not wrong, f"{module} (rank {RANKS[own]}) imports {sorted(wrong)}"
+
+
+def test_kernels_import_torch_and_triton_alone():
+    for module in SOURCES:
+        if is_below(module, "megakda.kernels"):
+            foreign = {
+                name
+                for name in IMPORTS[module]
+                if not is_below(name, "megakda.kernels")
+                and name.split(".")[0] not in {"torch", "triton", *sys.stdlib_module_names}
+            }
+            assert not foreign, f"{module} imports {sorted(foreign)}"
+
+
+@pytest.mark.parametrize("folder", ["megakda.layers", "megakda.kernels", "megakda.models"])
+def test_layers_never_see_the_recipe_tree(folder):
+    for module in SOURCES:
+        if is_below(module, folder):
+            tree = {name for name in IMPORTS[module] if name.split(".")[0] in {"omegaconf", "hydra"}}
+            assert not tree, f"{module} imports {sorted(tree)}"
+
+
+def loaded(module: str) -> set[str]:
+    """Every module that importing `module` of megakda imports through megakda's own files."""
+    found: set[str] = set()
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        found.add(name)
+        if name in SOURCES:
+            parents = [name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)]
+            todo += [*IMPORTS_AT_LOAD[name], *parents]
+    return found
+
+
+@pytest.mark.parametrize("entry", NO_MEGATRON)
+def test_megatron_stays_out(entry):
+    modules = [name for name in SOURCES if is_below(name, entry)]
+    assert modules, f"{entry} is gone: correct NO_MEGATRON"
+    for module in modules:
+        megatron = {name for name in loaded(module) if is_below(name, "megatron")}
+        assert not megatron, f"importing {module} imports {sorted(megatron)}"
+
+
+def test_the_trainer_does_load_megatron():
+    """So that the test above cannot pass by finding nothing."""
+    assert any(is_below(name, "megatron") for name in loaded("megakda.trainer"))
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.name)
+def test_tools_are_thin(tool):
+    """Command lines over the package: whatever needs another library belongs in megakda."""
+    allowed = {"megakda", "psutil", *sys.stdlib_module_names}
+    foreign = {n for n in imported(ast.parse(tool.read_text())) if n.split(".")[0] not in allowed}
+    assert not foreign, f"{tool.name} imports {sorted(foreign)}"
+
+
+# Folders in which a machine's owner keeps things. /proc and the like are the same everywhere.
+ABSOLUTE = re.compile(
+    r"(?<![\w.}/:-])/(?:home|root|Users|work|workspace|mnt|media|opt|srv|scratch|nfs|lustre|usr)\b"
+)
+
+
+@pytest.mark.parametrize("folder", ["tests", "recipes"])
+def test_no_path_of_one_machine(folder):
+    files = [p for p in sorted((ROOT / folder).rglob("*")) if p.suffix in {".py", ".yaml", ".json"}]
+    assert len(files) > 10
+    assert ABSOLUTE.search("train.out=/home/someone") and not ABSOLUTE.search("https://a/work/b")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files
+        if path != Path(__file__).resolve()
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if ABSOLUTE.search(line)
+    ]
+    assert not found, found
