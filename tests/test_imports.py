@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -68,25 +68,24 @@ def module_name(path: Path) -> str:
 
 
 SOURCES = {module_name(path): path for path in sorted((ROOT / "megakda").rglob("*.py"))}
-TOOLS = sorted((ROOT / "tools").rglob("*.py"))
 
 
-def imported(tree: ast.AST, inside_functions: bool = True) -> Iterator[str]:
-    """Absolute names of the modules that `tree` imports."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"relative import of {node.module} in line {node.lineno}"
-            for alias in node.names:  # a name in a package may be a module of its own
-                name = f"{node.module}.{alias.name}"
-                yield name if name in SOURCES else str(node.module)
-        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            yield from (name for other in node.orelse for name in imported(other))
-        elif inside_functions or not isinstance(
-            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-        ):
-            yield from imported(node, inside_functions)
+def imported(node: ast.AST, inside_functions: bool = True) -> Iterator[str]:
+    """Absolute names of the modules that the code below `node` imports."""
+    children: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"relative import of {node.module} in line {node.lineno}"
+        for alias in node.names:  # a name in a package may be a module of its own
+            name = f"{node.module}.{alias.name}"
+            yield name if name in SOURCES else str(node.module)
+    elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        children = node.orelse
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not inside_functions:
+        children = ()
+    for child in children:
+        yield from imported(child, inside_functions)
 
 
 IMPORTS = {name: set(imported(ast.parse(path.read_text()))) for name, path in SOURCES.items()}
@@ -133,37 +132,40 @@ def test_every_package_has_a_rank():
     assert {package(name) for name in SOURCES} == RANKS.keys()
 
 
-@pytest.mark.parametrize("module", SOURCES)
-def test_imports_point_down(module):
-    own = package(module)
+def test_imports_point_down():
     wrong = [
-        name
-        for name in IMPORTS[module]
+        f"{module} (rank {RANKS[package(module)]}) imports {name} (rank {RANKS[package(name)]})"
+        for module, names in IMPORTS.items()
+        for name in names
         if is_below(name, "megakda")
-        and package(name) != own
-        and RANKS[package(name)] >= RANKS[own]
+        and package(name) != package(module)
+        and RANKS[package(name)] >= RANKS[package(module)]
     ]
-    assert not wrong, f"{module} (rank {RANKS[own]}) imports {sorted(wrong)}"
+    assert not wrong, wrong
+
+
+def foreign(modules: dict[str, set[str]], parent: str, allowed: set[str]) -> list[str]:
+    """Imports below `parent` of top-level packages that are not in `allowed`."""
+    assert any(is_below(module, parent) for module in modules)
+    return [
+        f"{module} imports {name}"
+        for module, names in modules.items()
+        if is_below(module, parent)
+        for name in sorted(names)
+        if name.split(".")[0] not in allowed and not is_below(name, parent)
+    ]
 
 
 def test_kernels_import_torch_and_triton_alone():
-    for module in SOURCES:
-        if is_below(module, "megakda.kernels"):
-            foreign = {
-                name
-                for name in IMPORTS[module]
-                if not is_below(name, "megakda.kernels")
-                and name.split(".")[0] not in {"torch", "triton", *sys.stdlib_module_names}
-            }
-            assert not foreign, f"{module} imports {sorted(foreign)}"
+    allowed = {"torch", "triton", *sys.stdlib_module_names}
+    assert not foreign(IMPORTS, "megakda.kernels", allowed)
 
 
-@pytest.mark.parametrize("folder", ["megakda.layers", "megakda.kernels", "megakda.models"])
-def test_layers_never_see_the_recipe_tree(folder):
-    for module in SOURCES:
-        if is_below(module, folder):
-            tree = {name for name in IMPORTS[module] if name.split(".")[0] in {"omegaconf", "hydra"}}
-            assert not tree, f"{module} imports {sorted(tree)}"
+@pytest.mark.parametrize("parent", ["megakda.layers", "megakda.models", "megakda.optim"])
+def test_the_recipe_tree_ends_above_the_model(parent):
+    """Typed settings come down, Hydra's tree does not: no hydra, no omegaconf."""
+    allowed = {"megakda", "megatron", "torch", *sys.stdlib_module_names}
+    assert not foreign(IMPORTS, parent, allowed)
 
 
 def loaded(module: str) -> set[str]:
@@ -181,26 +183,25 @@ def loaded(module: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("entry", NO_MEGATRON)
-def test_megatron_stays_out(entry):
-    modules = [name for name in SOURCES if is_below(name, entry)]
-    assert modules, f"{entry} is gone: correct NO_MEGATRON"
-    for module in modules:
-        megatron = {name for name in loaded(module) if is_below(name, "megatron")}
-        assert not megatron, f"importing {module} imports {sorted(megatron)}"
+def test_megatron_stays_out_where_it_is_not_needed():
+    gone = [entry for entry in NO_MEGATRON if not any(is_below(name, entry) for name in SOURCES)]
+    assert not gone, f"correct NO_MEGATRON: {gone}"
+    wrong = [
+        f"importing {module} imports {name}"
+        for module in SOURCES
+        if any(is_below(module, entry) for entry in NO_MEGATRON)
+        for name in loaded(module)
+        if is_below(name, "megatron")
+    ]
+    assert not wrong, wrong
+    assert any(is_below(name, "megatron") for name in loaded("megakda.trainer"))  # seen if there
 
 
-def test_the_trainer_does_load_megatron():
-    """So that the test above cannot pass by finding nothing."""
-    assert any(is_below(name, "megatron") for name in loaded("megakda.trainer"))
-
-
-@pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.name)
-def test_tools_are_thin(tool):
-    """Command lines over the package: whatever needs another library belongs in megakda."""
-    allowed = {"megakda", "psutil", *sys.stdlib_module_names}
-    foreign = {n for n in imported(ast.parse(tool.read_text())) if n.split(".")[0] not in allowed}
-    assert not foreign, f"{tool.name} imports {sorted(foreign)}"
+def test_tools_are_thin():
+    """Command lines over the package: what needs another library belongs in megakda."""
+    tools = sorted((ROOT / "tools").rglob("*.py"))
+    imports = {f"tools.{path.stem}": set(imported(ast.parse(path.read_text()))) for path in tools}
+    assert not foreign(imports, "tools", {"megakda", "psutil", *sys.stdlib_module_names})
 
 
 # Folders in which a machine's owner keeps things. /proc and the like are the same everywhere.

@@ -15,6 +15,7 @@ import torch
 
 from megakda.config import Config, validate
 from megakda.models.sharding import pieces
+from megakda.runtime.distributed import model_parallel_groups
 
 
 @dataclass(frozen=True)
@@ -29,29 +30,14 @@ class RankModel:
 
 @contextmanager
 def _fake_ranks(config: Config, rank: int, world_size: int) -> Iterator[None]:
-    from megatron.core import parallel_state, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    p = config.parallel
-    torch.distributed.init_process_group(
-        "fake", rank=rank, world_size=world_size, store=FakeStore()
-    )
+    store = FakeStore()
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=store)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=p.tensor,
-            pipeline_model_parallel_size=p.pipeline,
-            virtual_pipeline_model_parallel_size=(
-                p.virtual_pipeline if p.virtual_pipeline > 1 else None
-            ),
-            context_parallel_size=p.context,
-            expert_model_parallel_size=p.expert,
-            expert_tensor_parallel_size=p.expert_tensor,
-            create_gloo_process_groups=False,
-        )
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
-        yield
+        with model_parallel_groups(config.parallel, gloo=False):
+            yield
     finally:
-        parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 

@@ -32,8 +32,6 @@ def process_groups(
 
     gloo on CPU, nccl on CUDA. `megakda.runtime.install` comes first.
     """
-    from megatron.core import parallel_state, tensor_parallel
-
     _limit_threads(runtime, device)
     if "MASTER_ADDR" not in os.environ:  # started without torchrun: a world of one
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
@@ -41,6 +39,22 @@ def process_groups(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(minutes=runtime.timeout_minutes),
     )
+    try:
+        with model_parallel_groups(parallel):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def model_parallel_groups(parallel: ParallelConfig, gloo: bool = True) -> Iterator[None]:
+    """megatron-core's process groups inside torch's, for as long as the context lasts.
+
+    Args:
+        gloo: also make CPU groups beside the main ones.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -51,12 +65,12 @@ def process_groups(
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
+            create_gloo_process_groups=gloo,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1)  # creates the generators' tracker
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 def seed_step(seed: int, step: int) -> None:
