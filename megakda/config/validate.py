@@ -268,6 +268,12 @@ def _check_parallel(config: Config) -> None:
             f"parallel.recompute_modules={list(p.recompute_modules)}: must be some of "
             f"{', '.join(RECOMPUTE_MODULES)}"
         )
+    if config.precision == "bf16" and not p.distributed_optimizer:
+        raise ConfigError(
+            "precision=bf16 with parallel.distributed_optimizer=false: megatron-core's plain "
+            "optimizer cannot save a model that keeps some parameters in fp32; set "
+            "parallel.distributed_optimizer=true (it works on one rank too)"
+        )
     if p.overlap_param_gather and not (p.distributed_optimizer and p.overlap_grad_reduce):
         raise ConfigError(
             "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and "

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -23,7 +22,12 @@ from megakda.kernels.gated_norm import gated_rms_norm
 from megakda.kernels.kda import chunk_kda, kda_gate
 from megakda.kernels.short_conv import short_conv
 from megakda.layers import initializers
-from megakda.layers.linear import ReplicatedLinear, column_parallel, project_together
+from megakda.layers.linear import (
+    ReplicatedLinear,
+    column_parallel,
+    project_together,
+    row_parallel,
+)
 
 SATURATED_LOW, SATURATED_HIGH = 0.01, 0.999
 """A decay exp(g) outside these is saturated: it forgets all, or nothing, in one step."""
@@ -143,16 +147,7 @@ class KimiDeltaAttention(MegatronModule):
             linear.norm_eps,
             None if linear.output_gate == "none" else linear.output_gate,
         )
-        self.o_proj = RowParallelLinear(
-            value_dim,
-            hidden,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_group=tp,
-        )
+        self.o_proj = row_parallel(value_dim, hidden, config, pg_collection)
         self.recompute_core = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )

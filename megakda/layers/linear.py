@@ -8,6 +8,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
+    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     linear_with_grad_accumulation_and_async_allreduce,
@@ -61,6 +62,25 @@ def column_parallel(
         config=config,
         init_method=config.init_method,
         bias=False,
+        tp_group=pg_collection.tp,
+    )
+
+
+def row_parallel(
+    in_features: int,
+    out_features: int,
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection,
+) -> RowParallelLinear:
+    """megatron-core's row-parallel linear without bias: inputs split over the group."""
+    return RowParallelLinear(
+        in_features,
+        out_features,
+        config=config,
+        init_method=config.output_layer_init_method,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=True,
         tp_group=pg_collection.tp,
     )
 

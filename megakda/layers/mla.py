@@ -14,12 +14,16 @@ from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megakda.config.schema import MLAConfig
-from megakda.layers.linear import ReplicatedLinear, column_parallel, enter_tensor_parallel
+from megakda.layers.linear import (
+    ReplicatedLinear,
+    column_parallel,
+    enter_tensor_parallel,
+    row_parallel,
+)
 from megakda.layers.norm import RMSNorm
 
 
@@ -66,16 +70,7 @@ class MultiLatentAttention(MegatronModule):
             config,
             pg_collection,
         )
-        self.o_proj = RowParallelLinear(
-            num_heads * mla.v_head_dim,
-            hidden,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_group=pg_collection.tp,
-        )
+        self.o_proj = row_parallel(num_heads * mla.v_head_dim, hidden, config, pg_collection)
         self.rotary = (
             RotaryEmbedding(
                 kv_channels=mla.qk_shared_head_dim,

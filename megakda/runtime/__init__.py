@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
+import warnings
 
 import torch
 
@@ -50,6 +51,7 @@ def install(device: str = "auto", backend: str = "torch") -> torch.device:
     kind = "cuda" if has_gpu else "cpu"
     if _installed is None:
         _check_versions()
+        _quieten_upstream()
         patches = upstream.patches(backend)
         if kind == "cpu":
             cpu.install()
@@ -65,6 +67,20 @@ def install(device: str = "auto", backend: str = "torch") -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _quieten_upstream() -> None:
+    """Hides warnings that tell users nothing they could act on.
+
+    megatron-core warns at import about every optional package that is missing, and calls functions
+    that newer torch releases deprecate.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings(
+        "ignore",
+        message=r"`torch\.distributed\.\w+_tensor` is deprecated",
+        category=FutureWarning,
+    )
 
 
 def _check_versions() -> None:

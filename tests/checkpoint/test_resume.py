@@ -13,6 +13,7 @@ SAME = {
     "tp2": (2, ["parallel=tp2"]),
     "pp2_vpp2": (2, ["parallel=pp2_vpp2"]),
     "ep2_bf16_async": (2, ["parallel=ep2", "precision=bf16", "checkpoint.async_save=true"]),
+    "dp2_plain_optimizer": (2, ["parallel.distributed_optimizer=false"]),
     "dp2_overlap": (
         2,
         ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],

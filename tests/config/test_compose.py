@@ -180,6 +180,16 @@ RULES = {
         1,
         ["attn", "core_attn"],
     ),
+    "bf16 with the plain optimizer": (
+        ["precision=bf16", "parallel.distributed_optimizer=false"],
+        1,
+        ["precision=bf16", "parallel.distributed_optimizer=true"],
+    ),
+    "bf16 expert width": (
+        ["precision=bf16", "model.moe.expert_ffn=100"],
+        1,
+        ["parallel.expert_tensor=100", "multiples of 8"],
+    ),
     "overlap without its parts": (
         ["parallel.overlap_param_gather=true"],
         1,
