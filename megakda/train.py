@@ -66,6 +66,8 @@ def claim_folder(out: Path) -> Iterator[None]:
                 f"train.out={out}: another run is writing there; wait for it or end it (after a "
                 "crash of torchrun alone its workers may live on), or set another train.out"
             ) from None
+        except OSError as error:  # a file system without locks
+            print(f"train.out={out} cannot be locked ({error}): start one run there at a time")
         yield
 
 
@@ -86,14 +88,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_with_hydra() -> None:
-    """Hydra's command line, for its flags and for sweeps over several runs."""
+    """Hydra's command line, for its flags and for sweeps; every run of a sweep has a folder."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    errors: list[MegakdaError] = []
 
     @hydra.main(config_path=str(recipes_dir()), config_name="config", version_base="1.3")
     def job(tree: DictConfig) -> None:
-        run(from_tree(tree))
+        settings = HydraConfig.get()
+        named = any(override.startswith("train.out=") for override in settings.overrides.task)
+        if settings.mode == RunMode.MULTIRUN and not named:
+            tree.train.out = f"{tree.train.out}/{settings.job.override_dirname}"
+        try:
+            run(from_tree(tree))
+        except MegakdaError as error:  # Hydra would print it with its own stack
+            errors.append(error)
 
     job()
+    if errors:
+        raise errors[0]
 
 
 if __name__ == "__main__":

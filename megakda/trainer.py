@@ -20,6 +20,7 @@ from megakda.checkpoint import manager as checkpoints
 from megakda.config import Config, Derived
 from megakda.data.datasets import Batch, Datasets, micro_batches, order_probe
 from megakda.data.tokenizer import Tokenizer
+from megakda.errors import CheckpointError
 from megakda.guard import Guard
 from megakda.metrics.report import Reporter
 from megakda.metrics.step_metrics import KdaTelemetry
@@ -187,6 +188,13 @@ class Trainer:
         path = checkpoints.resolve(self.config.train.resume, self.checkpoints.root)
         if path is None:
             return None
+        saved_with = checkpoints.read_manifest(path)["tokenizer"]
+        if saved_with["fingerprint"] != self.tokenizer.fingerprint:
+            raise CheckpointError(
+                f"{path} was trained with the tokenizer {saved_with['spec']}, and data.tokenizer="
+                f"{self.tokenizer.spec} gives other ids: set data.tokenizer back, or start a new "
+                "run in another train.out"
+            )
         state = checkpoints.load(
             path, self.chunks, self.optimizer, dataclasses.asdict(self.config.model)
         )

@@ -14,7 +14,7 @@ SMALL = (
     "model=tiny",
     "model.hidden_size=64",
     "model.num_heads=4",
-    "model.linear.head_dim_k=16",
+    "model.linear.head_dim_k=24",
     "model.linear.head_dim_v=16",
     "model.linear.gate_rank=16",
     "model.linear.output_gate_rank=16",
@@ -31,7 +31,7 @@ SMALL = (
     "runtime.threads=1",
     "runtime.timeout_minutes=1",
 )
-"""A model with every part of the large one, and no dimension equal to another by accident."""
+"""A model with every part of the large one, and key heads wider than value heads."""
 
 
 @contextmanager

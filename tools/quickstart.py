@@ -127,9 +127,9 @@ def _steps_done(out: Path) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """One thread per rank, and this checkout first on the path."""
+    """CPU ranks of one thread each, and this checkout first on the path."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
 
 
 def _say(text: str) -> None:

@@ -110,7 +110,8 @@ class DataConfig:
     name: str = MISSING
     paths: list[str] = field(default_factory=list)
     weights: list[float] | None = None  # one per path; null: in proportion to the tokens
-    split: str = "98,2,0"  # train, valid, test shares
+    # shares of the documents to train, validate and test on
+    split: list[float] = field(default_factory=lambda: [98.0, 2.0, 0.0])
     tokenizer: str = "byte"  # byte | hf:DIR | tiktoken:FILE
     prepare: str = _choice("none", "stdlib")  # make the data set first if it is not there
     cache: str | None = None  # index files; null: beside the first path
@@ -183,7 +184,7 @@ class LoggingConfig:
 @dataclass
 class RuntimeConfig:
     device: str = _choice("auto", "cpu", "cuda")
-    backend: str = _choice("torch", "transformer_engine")  # where fused linears come from
+    backend: str = _choice("torch", "transformer_engine")  # whose AdamW
     timeout_minutes: float = 30.0  # of collectives
     threads: int | None = None  # CPU threads per rank; null: cores / local ranks
     peak_tflops: float | None = (

@@ -70,25 +70,21 @@ def prepare_data(config: Config, scan: bool = True) -> Corpus:
             prepare_stdlib(target.parent, data.tokenizer)
     parts = [check_indexed(p, tokenizer, config.model.vocab_size, scan=scan) for p in data.paths]
     for part in parts:
-        _check_split(data.split, part, config.train.eval_batches > 0)
+        _check_split(list(data.split), part, config.train.eval_batches > 0)
     return Corpus(tokenizer, tuple(parts))
 
 
-def _check_split(split: str, part: IndexedInfo, validates: bool) -> None:
+def _check_split(shares: list[float], part: IndexedInfo, validates: bool) -> None:
     """Every split that has a share gets a document: megatron-core would search for one for ever."""
-    try:
-        shares = [float(share) for share in split.split(",")]
-    except ValueError:
-        shares = []
     if len(shares) != 3 or min(shares) < 0 or shares[0] == 0:
         raise ConfigError(
-            f'data.split="{split}": needs three shares (training, validation, test), the first '
-            'positive, as in "98,2,0"'
+            f"data.split={shares}: needs three shares (training, validation, test), the first "
+            "positive, as in data.split=[98,2,0]"
         )
     if validates and shares[1] == 0:
         raise ConfigError(
-            f'data.split="{split}" leaves nothing to validate on: give the second share more than '
-            "0, or set train.eval_batches=0"
+            f"data.split={shares} leaves nothing to validate on: give the second share more than 0, "
+            "or set train.eval_batches=0"
         )
     bounds = [round(sum(shares[:i]) / sum(shares) * part.sequences) for i in range(4)]
     for name, share, first, last in zip(
@@ -96,7 +92,7 @@ def _check_split(split: str, part: IndexedInfo, validates: bool) -> None:
     ):
         if share and first == last:
             raise DataError(
-                f'data.split="{split}" leaves no {name} document of the {part.sequences} in '
+                f"data.split={shares} leaves no {name} document of the {part.sequences} in "
                 f"{part.prefix}: change the shares, or cut the corpus into more documents"
             )
 
@@ -126,7 +122,7 @@ def build_datasets(config: Config, corpus: Corpus) -> Datasets:
         random_seed=train.seed,
         sequence_length=train.context,
         blend=([str(path) for path in data.paths], weights),
-        split=data.split,
+        split=",".join(map(str, data.split)),
         path_to_cache=str(cache),
         tokenizer=corpus.tokenizer,
         reset_position_ids=False,
@@ -142,8 +138,9 @@ def build_datasets(config: Config, corpus: Corpus) -> Datasets:
     except Exception as error:  # megatron-core raises bare exceptions here
         raise DataError(
             f"data.paths={list(data.paths)} cannot be cut into sequences of train.context="
-            f"{train.context} tokens with data.split={data.split}: {error or type(error).__name__};"
-            " use a larger corpus, a shorter context or another split"
+            f"{train.context} tokens with data.split={list(data.split)}: "
+            f"{error or type(error).__name__}; use a larger corpus, a shorter context or another "
+            f"split, or delete {cache} if a killed run has left broken index files there"
         ) from error
     return Datasets(train_set, valid_set if sizes[1] else None)
 

@@ -88,7 +88,7 @@ def transformer_config(
             ],
             moe_router_score_function="sigmoid",
             moe_router_enable_expert_bias=True,
-            # `megakda.optim.expert_bias` moves the biases, after a step is known to be good.
+            # `megakda.optim.finalize` moves the biases, after a step is known to be good.
             moe_router_bias_update_rate=0.0,
             moe_router_topk_scaling_factor=moe.routed_scaling_factor,
             moe_router_load_balancing_type="none",

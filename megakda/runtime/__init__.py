@@ -8,6 +8,7 @@ CPU it also adapts megatron-core to gloo (`megakda.runtime.cpu`).
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import sys
 import warnings
@@ -27,11 +28,12 @@ def install(device: str = "auto", backend: str = "torch") -> torch.device:
 
     Args:
         device: ``auto`` takes the GPU of this rank where there is one, else the CPU.
-        backend: ``torch`` needs nothing but torch, triton and megatron-core;
-            ``transformer_engine`` lets megatron-core use TransformerEngine's optimizer.
+        backend: ``torch`` needs nothing but torch and megatron-core; ``transformer_engine`` lets
+            megatron-core use TransformerEngine's fused optimizer.
 
     Raises:
-        ConfigError: a GPU was asked for where there is none, or a CPU where there is a GPU.
+        ConfigError: a GPU was asked for where there is none, a CPU where there is a GPU, or
+            TransformerEngine where it is not installed.
         RuntimeMismatch: another megatron-core than the one this code was written for, a symbol
             that it adapts is gone, or megatron-core was imported before this call.
     """
@@ -47,6 +49,11 @@ def install(device: str = "auto", backend: str = "torch") -> torch.device:
             "runtime.device=cpu on a machine with a GPU: megatron-core can be adapted to the CPU "
             "only where torch sees no GPU; hide it with CUDA_VISIBLE_DEVICES= or use "
             "runtime.device=auto"
+        )
+    if backend == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "runtime.backend=transformer_engine, but TransformerEngine is not installed: "
+            "pip install megakda[gpu], or use runtime.backend=torch"
         )
     kind = "cuda" if has_gpu else "cpu"
     if _installed is None:

@@ -71,4 +71,4 @@ def test_another_data_order_is_noticed(ranks, corpus, tmp_path):
 
     assert not fit("train.steps=2")
     assert not fit("train.steps=3")
-    assert fit("train.steps=4", "data.split='50,25,25'")
+    assert fit("train.steps=4", "data.split=[50,25,25]")

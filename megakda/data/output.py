@@ -1,0 +1,178 @@
+"""PREFIX.bin, .json and .idx: written by one process at a time, and never seen half done.
+
+Nothing appears under the final names before everything is on disk, and the .idx comes last: where
+there is an .idx, the data set is whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megakda.data.indexed import sidecar_bytes, write_index
+from megakda.errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # not on every system; it only guards against two runs at the same time
+    fcntl = None  # type: ignore[assignment]
+
+_SUFFIXES = (".bin", ".json", ".idx")  # in the order in which they get their final names
+
+
+class OutputBusyError(DataError):
+    """Another process is writing the same output at the moment."""
+
+
+def check_output(prefix: str, overwrite: bool) -> None:
+    """Raises a DataError if there is an output that may not be replaced."""
+    if overwrite:
+        return
+    bin_file, idx_file = Path(prefix + ".bin"), Path(prefix + ".idx")
+    if idx_file.exists():
+        raise DataError(
+            f"output {idx_file} exists already: give --overwrite to replace it, or another "
+            "--output-prefix"
+        )
+    # A killed run leaves .idx.partial beside a .bin without .idx. Any other such file is foreign.
+    if bin_file.exists() and not Path(prefix + ".idx.partial").exists():
+        raise DataError(
+            f"{bin_file} exists already and is not a left-over of this command: give --overwrite "
+            "to replace it, or another --output-prefix"
+        )
+
+
+class Output:
+    """An output that is being written. `open_output` makes it."""
+
+    def __init__(self, prefix: str, stream: BinaryIO) -> None:
+        self._prefix = prefix
+        self._stream = stream
+
+    def write(self, tokens: bytes) -> None:
+        """Appends to the .bin."""
+        with _write_errors(self._prefix):
+            self._stream.write(tokens)
+
+    def publish(self, lengths: np.ndarray, dtype: np.dtype, sidecar: dict[str, Any]) -> None:
+        """Gives what was written its final names.
+
+        Args:
+            lengths: tokens of each document, in the order of the .bin.
+            dtype: type of the ids in the .bin.
+            sidecar: contents of the .json.
+        """
+        prefix = self._prefix
+        with _write_errors(prefix):
+            _sync(self._stream)
+            with open(prefix + ".json.partial", "wb") as f:
+                f.write(sidecar_bytes(sidecar))
+                _sync(f)
+            with open(prefix + ".idx.partial", "wb") as f:
+                write_index(f, lengths, dtype)
+                _sync(f)
+            # From here on an older .idx must not be found beside a newer .bin.
+            for suffix in (".idx", ".json"):
+                with suppress(FileNotFoundError):
+                    os.unlink(prefix + suffix)
+            done: list[str] = []
+            try:
+                for suffix in _SUFFIXES:
+                    os.replace(prefix + suffix + ".partial", prefix + suffix)
+                    done.append(prefix + suffix)
+            except OSError:
+                for name in done:
+                    with suppress(OSError):
+                        os.unlink(name)
+                raise
+            _sync_folder(Path(prefix).parent)
+
+
+@contextmanager
+def open_output(prefix: str, overwrite: bool) -> Iterator[Output]:
+    """Opens PREFIX.bin.partial for one process alone; removes what is left of it at the end.
+
+    Raises:
+        OutputBusyError: another process has it open.
+        DataError: there is an output that may not be replaced, or the disk refuses (this comes
+            from the methods of `Output`, too).
+    """
+    with _lock(prefix):
+        check_output(prefix, overwrite)  # again: another run may just have finished
+        with _write_errors(prefix):
+            stream = open(prefix + ".bin.partial", "wb", buffering=1 << 20)  # noqa: SIM115
+        try:
+            yield Output(prefix, stream)
+        finally:
+            with suppress(OSError):  # a full disk can fail here a second time
+                stream.close()
+            for suffix in _SUFFIXES:
+                with suppress(OSError):
+                    os.unlink(prefix + suffix + ".partial")
+
+
+@contextmanager
+def _lock(prefix: str) -> Iterator[None]:
+    """Holds PREFIX.lock. The system frees it if this process is killed."""
+    path = Path(prefix + ".lock")
+    while True:
+        with _write_errors(prefix):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = path.open("ab")
+        with stream:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise OutputBusyError(
+                        f"another process is writing {prefix}.bin: wait for it, or choose another "
+                        "--output-prefix"
+                    ) from None
+                except OSError:
+                    pass  # a file system without locks
+            try:
+                ours = os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
+            except FileNotFoundError:
+                ours = False
+            if ours:  # else its last holder removed it in between, and a new one is needed
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):
+                        os.unlink(path)  # while it is held, so that nobody waits on it
+                return
+
+
+@contextmanager
+def _write_errors(prefix: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        try:
+            stat = os.statvfs(Path(prefix).parent)
+            free = f"; {stat.f_bavail * stat.f_frsize:,} bytes are free there"
+        except (OSError, AttributeError):
+            free = ""
+        raise DataError(
+            f"cannot write output {e.filename or prefix + '.bin.partial'!r} "
+            f"({e.strerror or e}{free}): make room, or choose another --output-prefix"
+        ) from e
+
+
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # not every file system lets folders be synced
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
