@@ -110,8 +110,7 @@ class DataConfig:
     name: str = MISSING
     paths: list[str] = field(default_factory=list)
     weights: list[float] | None = None  # one per path; null: in proportion to the tokens
-    # shares of the documents to train, validate and test on
-    split: list[float] = field(default_factory=lambda: [98.0, 2.0, 0.0])
+    split: list[float] = field(default_factory=lambda: [98.0, 2.0, 0.0])  # train, valid, test
     tokenizer: str = "byte"  # byte | hf:DIR | tiktoken:FILE
     prepare: str = _choice("none", "stdlib")  # make the data set first if it is not there
     cache: str | None = None  # index files; null: beside the first path

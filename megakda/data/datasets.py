@@ -83,7 +83,7 @@ def _check_split(shares: list[float], part: IndexedInfo, validates: bool) -> Non
         )
     if validates and shares[1] == 0:
         raise ConfigError(
-            f"data.split={shares} leaves nothing to validate on: give the second share more than 0, "
+            f"data.split={shares} leaves nothing to validate on: give the second share more, "
             "or set train.eval_batches=0"
         )
     bounds = [round(sum(shares[:i]) / sum(shares) * part.sequences) for i in range(4)]

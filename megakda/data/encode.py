@@ -64,7 +64,8 @@ class Encoded:
 
 def _encode_block(block: Block, job: Job, tokenizer: Tokenizer) -> Encoded:
     dtype = token_dtype(tokenizer.vocab_size)
-    end = np.array([tokenizer.eod] if job.append_eod else [], dtype=dtype)
+    end = [tokenizer.eod] if job.append_eod else []
+    end_bytes = np.array(end, dtype=dtype).tobytes()
     out = bytearray()
     lengths: list[int] = []
     broken: list[BrokenRecord] = []
@@ -82,10 +83,10 @@ def _encode_block(block: Block, job: Job, tokenizer: Tokenizer) -> Encoded:
         if len(ids) == 0:
             empty += 1
             continue
-        ids = np.concatenate([ids, end])
-        max_id = max(max_id, int(ids.max()))
+        max_id = max(max_id, int(ids.max()), *end)
         out += ids.astype(dtype, copy=False).tobytes()
-        lengths.append(len(ids))
+        out += end_bytes
+        lengths.append(len(ids) + len(end))
         text_bytes += size
     return Encoded(
         tokens=bytes(out),
