@@ -45,6 +45,7 @@ def run(config: Config) -> None:
         stack.enter_context(process_groups(config.parallel, config.runtime, device))
         corpus = prepare_data(config, scan=False)
         trainer = Trainer(config, derived, corpus.tokenizer, build_datasets(config, corpus))
+        stack.callback(trainer.close)
         trainer.fit()
 
 

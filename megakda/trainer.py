@@ -206,6 +206,20 @@ class Trainer:
         self.data_reordered = probe != state["data_order"]
         return path
 
+    def close(self) -> None:
+        """Frees the model and, with it, its process groups' threads.
+
+        Gradient hooks refer to the model, and the last autograd graph, which the token dispatchers
+        keep, refers to the hooks: a cycle that Python cannot collect. A process that builds
+        several models, as a sweep does, would keep them all.
+        """
+        for chunk in self.chunks:
+            chunk.grad_accs.clear()
+            for module in chunk.modules():
+                if hasattr(module, "token_dispatcher"):
+                    module.token_dispatcher = None
+        self.chunks.clear()
+
     def _reporter(self) -> Reporter:
         return Reporter(
             self.config, self.derived, self.out, self.steps_done, self.chunks, self.finalizer

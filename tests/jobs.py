@@ -48,8 +48,12 @@ def trainer(overrides: Sequence[str], corpus: Any) -> Iterator[Any]:
 
     with process_groups(config.parallel, config.runtime, torch.device("cpu")):
         data = prepare_data(config)
-        yield Trainer(config, derived, data.tokenizer, build_datasets(config, data))
-        torch.distributed.barrier()
+        run = Trainer(config, derived, data.tokenizer, build_datasets(config, data))
+        try:
+            yield run
+            torch.distributed.barrier()
+        finally:
+            run.close()
 
 
 def train(overrides: Sequence[str], corpus: Any, steps: int, gradients: bool = False) -> dict:

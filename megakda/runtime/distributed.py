@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ def process_groups(
             yield
     finally:
         torch.distributed.destroy_process_group()
+        gc.collect()  # a group's threads end with the last object that refers to it
 
 
 @contextlib.contextmanager
