@@ -24,6 +24,9 @@ SMALL = (
     "model.mla.v_head_dim=16",
     "model.dense_ffn=128",
     "model.moe.expert_ffn=32",
+    # A seed at which no token's choice of experts hangs on rounding (in about one seed of five, one
+    # does in five steps: the gradient norm of that step then moves by some 1e-5).
+    "train.seed=1",
     "train.context=48",
     "train.global_batch=4",
     "train.micro_batch=1",

@@ -5,11 +5,18 @@ import pytest
 from tests import jobs
 
 STEPS = 20
+FAST = ["optim.lr=2e-3", "schedule.warmup_steps=2"]
 
 
 def test_bf16_follows_fp32(ranks, corpus):
     fp32, bf16 = (
-        ranks.run(1, jobs.train, [f"precision={p}", "optim.lr=2e-3"], corpus, STEPS)[0]["loss"]
+        ranks.run(
+            1,
+            jobs.train,
+            [f"precision={p}", "optim.lr=2e-3", "schedule.warmup_steps=2"],
+            corpus,
+            STEPS,
+        )[0]["loss"]
         for p in ("fp32", "bf16")
     )
     assert fp32[-1] < fp32[0] - 1.0  # it learns, so that following means something

@@ -159,7 +159,9 @@ def _check_ranges(config: Config) -> None:
     s = config.schedule
     if s.min_lr > o.lr:
         raise ConfigError(f"schedule.min_lr={s.min_lr}: must not exceed optim.lr={o.lr}")
-    if s.warmup_steps + s.decay_steps > t.steps or s.warmup_steps >= t.steps:
+    # A run without a decay may end during its warmup; the rate does not depend on its length.
+    decays = s.decay_steps > 0 or s.style in ("cosine", "linear")
+    if decays and s.warmup_steps + max(s.decay_steps, 1) > t.steps:
         raise ConfigError(
             f"schedule.warmup_steps={s.warmup_steps} + schedule.decay_steps={s.decay_steps} do not "
             f"fit in train.steps={t.steps}: lower them or train longer"

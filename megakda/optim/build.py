@@ -81,7 +81,7 @@ class Schedule:
             max_lr=optim.lr,
             min_lr=schedule.min_lr,
             lr_warmup_steps=schedule.warmup_steps,
-            lr_decay_steps=steps + 1,
+            lr_decay_steps=max(steps, schedule.warmup_steps) + 1,
             lr_decay_style=style,
             start_wd=optim.weight_decay,
             end_wd=optim.weight_decay,

@@ -171,7 +171,7 @@ RULES = {
     "top-k": (["model.moe.top_k=9"], 1, ["model.moe.top_k=9", "num_experts=8"]),
     "no MoE layer left": (["model.moe.first_dense_layers=4"], 1, ["first_dense_layers=4"]),
     "warmup longer than the run": (
-        ["schedule.warmup_steps=10", "train.steps=5"],
+        ["schedule=cosine", "schedule.warmup_steps=10", "train.steps=5"],
         1,
         ["schedule.warmup_steps=10", "train.steps=5"],
     ),

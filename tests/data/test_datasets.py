@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from megakda.config import Config, compose
-from megakda.data.datasets import Batch, build_datasets, micro_batches, prepare_data
+from megakda.data.datasets import (
+    Batch,
+    build_datasets,
+    micro_batches,
+    order_probe,
+    prepare_data,
+)
 from megakda.data.preprocess import preprocess
 from megakda.errors import ConfigError, DataError
 
@@ -158,6 +164,21 @@ def test_the_seed_and_nothing_else_shuffles(letters):
     fresh = make_config([letters], f"data.cache={letters.parent}/other_cache")
     assert sequences(fresh, 80) == first
     assert sequences(make_config([letters], "train.seed=99"), 80) != first
+
+
+def test_the_order_probe_sees_another_order(letters):
+    """36 steps use the corpus once, 73 all but twice: megatron-core shuffles both times as one."""
+
+    def probe(consumed: int, *overrides: str) -> str:
+        config = make_config([letters], *overrides)
+        return order_probe(build_datasets(config, prepare_data(config)).train, consumed)
+
+    same = probe(80, "train.steps=20")
+    assert probe(80, "train.steps=36") == same
+    assert probe(81, "train.steps=36") != same
+    for changed in ("steps=73", "seed=2", "context=15"):
+        assert probe(80, f"train.{changed}") != same, changed
+    assert probe(80, "data.split=[90,10,0]") != same
 
 
 @pytest.fixture

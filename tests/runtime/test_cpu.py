@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -165,14 +166,17 @@ def test_retarget_reaches_nested_functions_and_tuples_and_nothing_else(monkeypat
     assert original["outer"]()[0] == "cuda"
 
 
-def test_installing_again_changes_nothing():
+def test_installing_again_changes_nothing(monkeypatch):
     finders = [f for f in sys.meta_path if isinstance(f, hook._Finder)]
     assert len(finders) == 1
     for device in ("cpu", "auto"):
         assert runtime.install(device) == torch.device("cpu")
-    assert [f for f in sys.meta_path if isinstance(f, hook._Finder)] == finders
-    with pytest.raises(RuntimeMismatch, match="transformer_engine"):
+    with pytest.raises(ConfigError, match="TransformerEngine is not installed"):
         runtime.install("cpu", backend="transformer_engine")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # now it is
+    with pytest.raises(RuntimeMismatch, match=r"cannot change to .*transformer_engine"):
+        runtime.install("cpu", backend="transformer_engine")
+    assert [f for f in sys.meta_path if isinstance(f, hook._Finder)] == finders
 
 
 def test_a_missing_gpu_and_a_gpu_in_the_way_are_config_errors(monkeypatch):
