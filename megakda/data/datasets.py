@@ -1,19 +1,25 @@
 """Training and validation sequences from megatron-core's indexed datasets, at a resumable position.
 
-Which sequences a step trains on depends on the seed, the data and the number of sequences consumed
-before, never on how the ranks are laid out.
+Which sequences a step trains on depends on the seed, the data, the number of sequences consumed
+before and, where a run repeats its corpora, on its length; never on how the ranks are laid out.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megakda.config.schema import Config
@@ -52,11 +58,12 @@ def prepare_data(config: Config, scan: bool = True) -> Corpus:
             "preprocess_data.py has written, as in data.paths=[corpus/a,corpus/b]"
         )
     if data.weights is not None and (
-        len(data.weights) != len(data.paths) or min(data.weights) < 0 or sum(data.weights) <= 0
+        len(data.weights) != len(data.paths)
+        or not all(0 < weight < math.inf for weight in data.weights)
     ):
         raise ConfigError(
-            f"data.weights={list(data.weights)}: needs one non-negative number for each of the "
-            f"{len(data.paths)} data.paths, not all zero"
+            f"data.weights={list(data.weights)}: needs one positive number for each of the "
+            f"{len(data.paths)} data.paths; leave out paths that are not to be used"
         )
     tokenizer = load_tokenizer(data.tokenizer)
     if data.prepare == "stdlib":
@@ -76,7 +83,7 @@ def prepare_data(config: Config, scan: bool = True) -> Corpus:
 
 def _check_split(shares: list[float], part: IndexedInfo, validates: bool) -> None:
     """Every split that has a share gets a document: megatron-core would search for one for ever."""
-    if len(shares) != 3 or min(shares) < 0 or shares[0] == 0:
+    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or not shares[0]:
         raise ConfigError(
             f"data.split={shares}: needs three shares (training, validation, test), the first "
             "positive, as in data.split=[98,2,0]"
@@ -86,15 +93,24 @@ def _check_split(shares: list[float], part: IndexedInfo, validates: bool) -> Non
             f"data.split={shares} leaves nothing to validate on: give the second share more, "
             "or set train.eval_batches=0"
         )
-    bounds = [round(sum(shares[:i]) / sum(shares) * part.sequences) for i in range(4)]
-    for name, share, first, last in zip(
-        ("training", "validation", "test"), shares, bounds, bounds[1:], strict=False
+    # megatron-core's own arithmetic: another order of additions rounds ties otherwise.
+    split = parse_and_normalize_split(_split_text(shares))
+    for name, part_of in zip(
+        ("training", "validation", "test"), convert_split_vector_to_split_matrix(split), strict=True
     ):
-        if share and first == last:
+        if part_of is None:
+            continue
+        first, last = (round(bound * float(part.sequences)) for bound in part_of)
+        if first >= last:
             raise DataError(
                 f"data.split={shares} leaves no {name} document of the {part.sequences} in "
                 f"{part.prefix}: change the shares, or cut the corpus into more documents"
             )
+
+
+def _split_text(shares: Iterable[float]) -> str:
+    """The form that megatron-core reads; it takes an exponent for another number."""
+    return ",".join(numpy.format_float_positional(share) for share in shares)
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,7 @@ def build_datasets(config: Config, corpus: Corpus) -> Datasets:
         random_seed=train.seed,
         sequence_length=train.context,
         blend=([str(path) for path in data.paths], weights),
-        split=",".join(map(str, data.split)),
+        split=_split_text(data.split),
         path_to_cache=str(cache),
         tokenizer=corpus.tokenizer,
         reset_position_ids=False,

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from megakda.errors import RuntimeMismatch
 from megakda.runtime.hook import Patches
 
 RETARGETED: list[str] = []  # "file.py:function" of every function whose literals changed
@@ -151,6 +152,6 @@ def install() -> None:
     """Gives `torch.cuda` its CPU meanings. `megakda.runtime.install` calls this once."""
     for name, replacement in _TORCH_CUDA.items():
         if not hasattr(torch.cuda, name):
-            raise RuntimeError(f"torch.cuda.{name} is gone from torch {torch.__version__}")
+            raise RuntimeMismatch(f"torch.cuda.{name} is gone from torch {torch.__version__}")
         setattr(torch.cuda, name, replacement)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

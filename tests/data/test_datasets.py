@@ -284,3 +284,22 @@ def test_a_corpus_shorter_than_a_sequence(tmp_path):
     (batch,) = islice(micro_batches(found.train, 0, 1, 0, 1), 1)
     assert batch["tokens"].shape == (1, 2048)
     assert set(batch["tokens"].flatten().tolist()) == {*b"one", 256}
+
+
+@pytest.mark.parametrize(("documents", "split"), [(25, "[93,5,2]"), (73, "[50,1,95]")])
+def test_splits_round_as_megatron_core_does(tmp_path, documents, split):
+    """Where a share rounds to no document there, megatron-core would search for one for ever."""
+    prefix = write_corpus(tmp_path, "many", [f"document {i}" for i in range(documents)])
+    config = make_config([prefix], f"data.split={split}", "train.eval_batches=1")
+    refused(DataError, r"data\.split=.* leaves no \w+ document", config)
+
+
+@pytest.mark.parametrize("setting", ["data.split=[nan,1,0]", "data.split=[inf,1,0]"])
+def test_splits_are_finite(letters, setting):
+    refused(ConfigError, "needs three shares", make_config([letters], setting))
+
+
+def test_weights_are_positive_and_finite(two_corpora):
+    for weights in ("[0,2]", "[nan,1]", "[inf,1]"):
+        config = make_config(two_corpora, f"data.weights={weights}")
+        refused(ConfigError, r"data\.weights=\[.*needs one positive number", config)
