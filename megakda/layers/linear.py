@@ -129,5 +129,5 @@ def enter_tensor_parallel(
         [S, b, ...].
     """
     if sequence_parallel:
-        return gather_from_sequence_parallel_region(x, group=group)
+        return gather_from_sequence_parallel_region(x.contiguous(), group=group)
     return copy_to_tensor_model_parallel_region(x, group=group)

@@ -112,7 +112,7 @@ class MultiLatentAttention(MegatronModule):
         kv, _ = self.kv_b_proj(self.kv_a_layernorm(latent))
         # All heads of all ranks read the shared key, so its gradient is a sum over the group.
         k_shared = enter_tensor_parallel(
-            k_shared.contiguous(), self.config.sequence_parallel, self.tp_group
+            k_shared, self.config.sequence_parallel, self.tp_group
         ).unsqueeze(2)
 
         q = q.unflatten(-1, (-1, mla.qk_nope_head_dim + mla.qk_shared_head_dim))

@@ -40,6 +40,20 @@ def _adam_in_distributed_optimizer(module: ModuleType) -> dict[str, Any]:
     return {"Adam": AdamW, "HAVE_APEX_OR_TE": True, "USING_APEX_OPTIMIZER": True}
 
 
+def _lost_reduction(module: ModuleType) -> dict[str, Any]:
+    # `_reduce` all-reduces `input_.contiguous()` and returns `input_`: where that made a copy, the
+    # sum is lost without a word. MLA's shared key meets this with one head per rank, where its
+    # gradient is a slice of the keys' gradient.
+    def _reduce(input_: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+        if group.size() == 1:
+            return input_
+        input_ = input_.contiguous()
+        torch.distributed.all_reduce(input_, group=group)
+        return input_
+
+    return {"_reduce": _reduce}
+
+
 def _mixed_dtype_groups(module: ModuleType) -> dict[str, Any]:
     # A parameter group with fp32 and bf16 members (A_log beside norm weights, routers beside
     # matrices) is numbered in the order of the gradient buffers, but the inner optimizer gets its
@@ -64,6 +78,7 @@ def patches(backend: str) -> Patches:
     table: Patches = {
         "transformer.moe.moe_utils": _router_gemm,
         "tensor_parallel.random": _checkpoint_without_output,
+        "tensor_parallel.mappings": _lost_reduction,
         "optimizer.distrib_optimizer": _mixed_dtype_groups,
     }
     if backend == "torch":
