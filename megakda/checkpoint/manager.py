@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
@@ -320,8 +321,6 @@ def _bytes_to_write(chunks: list[ModelChunk], optimizer: Any) -> int:
         [float(local), float(shards)], dtype=torch.float64, device=torch.cuda.current_device()
     )
     torch.distributed.all_reduce(total)
-    from megatron.core import parallel_state
-
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     sharded = bool(getattr(optimizer.config, "use_distributed_optimizer", False))
     return int(total[0] / replicas + total[1] / (1 if sharded else replicas))

@@ -47,15 +47,13 @@ def one_rank(ranks, corpus):
     return reference
 
 
-def check(found, expected):
+def check(found, expected, a_log=TOLERANCE):
     for key in ("loss", "grad_norm"):
         assert found[key] == pytest.approx(expected[key], rel=TOLERANCE, abs=0)
     assert found["gradients"].keys() == expected["gradients"].keys()
     for name, theirs in expected["gradients"].items():
         error = (found["gradients"][name] - theirs).norm() / theirs.norm().clamp_min(1e-12)
-        # A_log has one gradient per head, a sum over tokens and channels that nearly cancels under
-        # the bounded gate: rounding weighs more in it than in any other.
-        limit = 5 * TOLERANCE if name.endswith("A_log") else TOLERANCE
+        limit = a_log if name.endswith("A_log") else TOLERANCE
         assert error < limit, f"{name}: relative gradient error {error:.2e}"
 
 
@@ -103,4 +101,7 @@ def test_variants_under_tensor_parallelism(ranks, corpus, one_rank, variant, seq
     model = ["model.ffn=dense", *VARIANTS[variant]]
     overrides = [*model, "parallel.tensor=2", f"parallel.sequence={sequence}"]
     found = ranks.run(2, jobs.train, overrides, corpus, STEPS, gradients=True)[0]
-    check(found, one_rank(*model))
+    # Under the bounded gate A_log's one gradient per head is a sum over tokens and channels that
+    # nearly cancels, and rounding weighs more in it: 1.4e-5 measured.
+    a_log = 5 * TOLERANCE if variant == "bounded_gate" else TOLERANCE
+    check(found, one_rank(*model), a_log)
