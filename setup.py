@@ -10,7 +10,7 @@ setup(
     packages=[*find_packages(include=["megakda", "megakda.*"]), "megakda.recipes"],
     package_dir={"megakda.recipes": "recipes"},
     package_data={
-        "megakda": ["**/*.md"],
+        "megakda": ["**/*.md", "kernels/launch_tables/*.json"],
         "megakda.recipes": [
             str(path.relative_to(RECIPES))
             for pattern in ("**/*.yaml", "**/*.md")

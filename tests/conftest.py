@@ -11,6 +11,8 @@ import pytest
 # One thread per process: the machine's cores are shared by the ranks of distributed tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Triton reads this when it is first imported: kernels are interpreted on CPU tensors.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import megakda.runtime  # noqa: E402
 from tests.ranks import RankPool  # noqa: E402

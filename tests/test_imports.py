@@ -158,7 +158,29 @@ def foreign(modules: dict[str, set[str]], parent: str, allowed: set[str]) -> lis
 
 def test_kernels_import_torch_and_triton_alone():
     allowed = {"torch", "triton", *sys.stdlib_module_names}
-    assert not foreign(IMPORTS, "megakda.kernels", allowed)
+    # Checks of kernels on a machine without a GPU: triton's interpreter works on numpy arrays.
+    checks = "megakda.kernels.verify"
+    kernels = {name: x for name, x in IMPORTS.items() if not is_below(name, checks)}
+    assert not foreign(kernels, "megakda.kernels", allowed)
+    assert not foreign(IMPORTS, checks, {"megakda", "numpy", *allowed})
+    assert not any(is_below(x, checks) for names in kernels.values() for x in names)
+
+
+def test_kernels_load_without_triton():
+    """It is no dependency where there is no GPU: operators import their kernels when they run."""
+    operators = [name for name in SOURCES if is_below(name, "megakda.kernels")]
+    operators = [
+        name
+        for name in operators
+        if not name.endswith("_triton") and not is_below(name, "megakda.kernels.verify")
+    ]
+    wrong = {
+        name: sorted(
+            x for x in IMPORTS_AT_LOAD[name] if x.split(".")[0] == "triton" or x.endswith("_triton")
+        )
+        for name in operators
+    }
+    assert not any(wrong.values()), wrong
 
 
 @pytest.mark.parametrize("parent", ["megakda.layers", "megakda.models", "megakda.optim"])

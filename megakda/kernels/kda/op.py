@@ -7,27 +7,34 @@ either can stand in for the other; what is not supported raises instead of being
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from megakda.kernels.backend import choose_backend
+from megakda.kernels.kda.checks import (
+    Inputs,
+    Options,
+    check_gate_parameters,
+    check_initial_state,
+    check_inputs,
+    check_options,
+    check_triton,
+    sequence_bounds,
+)
 from megakda.kernels.kda.chunk_torch import chunk_kda_torch
-from megakda.kernels.kda.gate import check_lower_bound, kda_gate
+from megakda.kernels.kda.gate import kda_gate
+from megakda.kernels.kda.plan import chunks_per_range, plan_chunks
 from megakda.kernels.kda.recurrent import recurrent_kda_torch
 from megakda.kernels.kda.reference import kda_recurrence
 
-BACKENDS = ("torch", "reference")
-CHUNK_SIZES = (16, 32, 64, 128)
 L2_NORM_EPS = 1e-6
-_INTEGERS = (torch.int32, torch.int64)
 
 # (q, k, v, g, beta, scale, initial_state), activations applied, sequences of equal length T >= 1 ->
 # (o, final_state, and perhaps the state before each chunk)
 _Implementation = Callable[..., tuple[torch.Tensor, ...]]
-_Inputs = tuple[torch.Tensor, ...]  # q, k, v, g, beta
 
 
 def chunk_kda(
@@ -96,8 +103,8 @@ def chunk_kda(
         chunk_size: 16, 32, 64 or 128 tokens; changes speed and memory, not the result beyond
             rounding.
         return_intermediate_states: also return the state before each chunk. Gradients must be off.
-        backend: "torch" (chunk-parallel PyTorch), "reference" (float64, token by token, slow); None
-            chooses by device, which today means "torch" on every one.
+        backend: "torch" (chunk-parallel PyTorch), "triton" (GPU kernels), "reference" (float64,
+            token by token, slow); None is "triton" for tensors on a GPU, otherwise "torch".
 
     Returns:
         o [B, T, HV, V] in the dtype of v; final_state fp32 [N, HV, K, V], or None unless
@@ -108,7 +115,7 @@ def chunk_kda(
         ValueError: a shape, dtype or value that breaks the rules above, or arguments that
             contradict each other.
     """
-    options = _Options(
+    options = Options(
         A_log=A_log,
         dt_bias=dt_bias,
         scale=scale,
@@ -126,7 +133,7 @@ def chunk_kda(
         return_intermediate_states=return_intermediate_states,
         backend=backend,
     )
-    return _kda(partial(chunk_kda_torch, chunk_size=chunk_size), (q, k, v, g, beta), options)
+    return run_kda((q, k, v, g, beta), options)
 
 
 def fused_recurrent_kda(
@@ -165,7 +172,7 @@ def fused_recurrent_kda(
     Raises:
         ValueError: as `chunk_kda`.
     """
-    options = _Options(
+    options = Options(
         A_log=A_log,
         dt_bias=dt_bias,
         scale=scale,
@@ -182,43 +189,33 @@ def fused_recurrent_kda(
         chunk_size=chunk_size,
         backend=backend,
     )
-    o, final_state = _kda(recurrent_kda_torch, (q, k, v, g, beta), options)
+    o, final_state = run_kda((q, k, v, g, beta), options, recurrent=True)
     return o, final_state
 
 
-@dataclass(frozen=True, eq=False)
-class _Options:
-    """The arguments of the operators besides the five sequences."""
+def run_kda(inputs: Inputs, options: Options, recurrent: bool = False) -> tuple[Any, ...]:
+    """Checks everything, chooses the implementation, and runs it: see `chunk_kda`."""
+    check_options(options)
+    check_inputs(inputs)
+    check_gate_parameters(inputs, options)
+    bounds = sequence_bounds(inputs, options.cu_seqlens)
+    check_initial_state(inputs, options, bounds)
+    backend = choose_backend(options.backend, inputs[0].device)
+    if backend == "triton":
+        check_triton(inputs, options, recurrent)
+        if recurrent:
+            return _recurrent_triton(inputs, options)
+        return _chunk_triton(inputs, options, bounds)
 
-    A_log: torch.Tensor | None
-    dt_bias: torch.Tensor | None
-    scale: float | None
-    initial_state: torch.Tensor | None
-    output_final_state: bool
-    use_qk_l2norm_in_kernel: bool
-    use_gate_in_kernel: bool
-    use_beta_sigmoid_in_kernel: bool
-    allow_neg_eigval: bool
-    safe_gate: bool
-    lower_bound: float | None
-    cu_seqlens: torch.Tensor | None
-    state_v_first: bool
-    chunk_size: int
-    backend: str | None
-    return_intermediate_states: bool = False
-
-
-def _kda(implementation: _Implementation, inputs: _Inputs, options: _Options) -> tuple[Any, ...]:
-    """Checks, applies the activations, runs every sequence, and brings the results into shape."""
-    _check_options(options)
-    _check_inputs(inputs)
-    bounds = _sequence_bounds(inputs, options.cu_seqlens)
-    _check_initial_state(inputs, options, bounds)
     dtype = inputs[2].dtype
-    if options.backend == "reference":
+    implementation: _Implementation
+    if backend == "reference":
         implementation = kda_recurrence
         inputs = tuple(x.double() for x in inputs)
-
+    elif recurrent:
+        implementation = recurrent_kda_torch
+    else:
+        implementation = partial(chunk_kda_torch, chunk_size=options.chunk_size)
     # Autocast would run the fp32 matrix products in half precision.
     with torch.autocast(inputs[0].device.type, enabled=False):
         o, final_state, *states = _run(implementation, _activate(inputs, options), options, bounds)
@@ -228,7 +225,97 @@ def _kda(implementation: _Implementation, inputs: _Inputs, options: _Options) ->
     return o.to(dtype).contiguous(), final, *(x.to(dtype) for x in states)
 
 
-def _activate(inputs: _Inputs, options: _Options) -> _Inputs:
+def _chunk_triton(
+    inputs: Inputs, options: Options, bounds: list[int] | None
+) -> tuple[torch.Tensor | None, ...]:
+    """o, final state and, where asked for, the states before each chunk."""
+    # Triton is an optional dependency where there is no GPU.
+    from megakda.kernels.kda.chunk_triton import Fused, chunk_kda_triton, intermediate_states
+
+    q, k, v, g, beta = inputs
+    batch, tokens, value_heads, value_dim = v.shape
+    rows = tuple(bounds if bounds is not None else range(0, (batch + 1) * tokens, tokens))
+    fused = Fused(
+        scale=k.shape[-1] ** -0.5 if options.scale is None else options.scale,
+        gate=_gate_kind(options),
+        lower_bound=options.lower_bound or 0.0,
+        beta=_beta_kind(options),
+        l2_norm=options.use_qk_l2norm_in_kernel,
+        delta=options.delta_rule,
+        chunk_size=options.chunk_size,
+    )
+    # Heads times blocks of 64 columns, as in the launch tables.
+    programs = value_heads * -(-value_dim // 64)
+    length = chunks_per_range(rows, fused.chunk_size, programs, _processors(v.device))
+    plan = plan_chunks(rows, fused.chunk_size, length, v.device)
+    state = options.initial_state
+    if state is not None:
+        state = (state.mT if options.state_v_first else state).contiguous()
+    A_log, dt_bias = options.A_log, options.dt_bias
+    if A_log is not None:
+        A_log = A_log.contiguous()
+    elif options.use_gate_in_kernel:
+        A_log = v.new_zeros(value_heads, dtype=torch.float32)  # a rate of 1
+    if dt_bias is not None:
+        dt_bias = dt_bias.contiguous()
+    o, final_state = chunk_kda_triton(
+        q, k, v, g, beta, A_log, dt_bias, state, plan, fused, options.output_final_state
+    )
+    if final_state is not None and options.state_v_first:
+        final_state = final_state.mT.contiguous()
+    if not options.return_intermediate_states:
+        return o, final_state
+    states = intermediate_states(k, v, g, beta, A_log, dt_bias, state, plan, fused)
+    if options.state_v_first:
+        states = states.mT
+    return o, final_state, states.unflatten(0, (batch, -1)).contiguous()
+
+
+def _recurrent_triton(inputs: Inputs, options: Options) -> tuple[torch.Tensor | None, ...]:
+    from megakda.kernels.kda.recurrent_triton import recurrent_kda_triton
+
+    q, k, v, g, beta = inputs
+    return recurrent_kda_triton(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        k.shape[-1] ** -0.5 if options.scale is None else options.scale,
+        options.initial_state,
+        output_final_state=options.output_final_state,
+        A_log=options.A_log,
+        dt_bias=options.dt_bias,
+        use_qk_l2norm_in_kernel=options.use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=options.use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=options.use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=options.allow_neg_eigval,
+        lower_bound=options.lower_bound if options.use_gate_in_kernel else None,
+        delta_rule=options.delta_rule,
+        cu_seqlens=options.cu_seqlens,
+        state_v_first=options.state_v_first,
+    )
+
+
+def _gate_kind(options: Options) -> str:
+    if not options.use_gate_in_kernel:
+        return "none"
+    return "softplus" if options.lower_bound is None else "bounded"
+
+
+def _beta_kind(options: Options) -> str:
+    if not options.use_beta_sigmoid_in_kernel:
+        return "plain"
+    return "double_sigmoid" if options.allow_neg_eigval else "sigmoid"
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132  # of an H100 or H200, for which kernels are compiled and interpreted here
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _activate(inputs: Inputs, options: Options) -> Inputs:
     """Norm of q and k, gate and beta, each where asked for, in fp32 (float64 for float64)."""
     q, k, v, g, beta = inputs
     if options.use_qk_l2norm_in_kernel:
@@ -252,7 +339,7 @@ def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 
 
 def _run(
-    implementation: _Implementation, inputs: _Inputs, options: _Options, bounds: list[int] | None
+    implementation: _Implementation, inputs: Inputs, options: Options, bounds: list[int] | None
 ) -> tuple[torch.Tensor, ...]:
     """o, final state and, where asked for, the states before each chunk; packed sequences one after
     the other.
@@ -278,122 +365,10 @@ def _run(
     return torch.cat(o, 1), torch.cat(final_state), *(torch.cat(x, 1) for x in states)
 
 
-def _empty_sequence(inputs: _Inputs, state: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+def _empty_sequence(inputs: Inputs, state: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """No output, no chunk, and the initial state as the final one."""
     _, k, v, _, _ = inputs
     shape = (v.shape[0], v.shape[2], k.shape[-1], v.shape[-1])  # B, HV, K, V
     if state is None:
         state = v.new_zeros(shape, dtype=torch.float32)
     return v, state, state.new_empty(shape[0], 0, *shape[1:])
-
-
-# ------------------------------------------------------------------ argument checks
-
-
-def _check_options(options: _Options) -> None:
-    """What can be judged without the sequences."""
-    if options.backend is not None and options.backend not in BACKENDS:
-        raise ValueError(f"backend: {options.backend!r} must be one of {BACKENDS}, or None")
-    if options.chunk_size not in CHUNK_SIZES:
-        raise ValueError(f"chunk_size: {options.chunk_size} must be one of {CHUNK_SIZES}")
-    check_lower_bound(options.lower_bound)
-    if options.use_gate_in_kernel:
-        if options.A_log is None and options.lower_bound is None:
-            raise ValueError("A_log: use_gate_in_kernel=True needs A_log, or lower_bound, or both")
-        if options.safe_gate and options.lower_bound is None:
-            raise ValueError("lower_bound: None, but safe_gate=True asks for the bounded gate")
-    else:
-        for name in ("A_log", "dt_bias"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"{name}: given, but only use_gate_in_kernel=True reads it")
-        if options.lower_bound is not None and not options.safe_gate:
-            raise ValueError(
-                f"lower_bound: {options.lower_bound} given, but only use_gate_in_kernel=True or "
-                "safe_gate=True reads it"
-            )
-    if options.allow_neg_eigval and not options.use_beta_sigmoid_in_kernel:
-        raise ValueError(
-            "allow_neg_eigval: True needs use_beta_sigmoid_in_kernel=True; a beta computed outside "
-            "is doubled outside"
-        )
-    if options.return_intermediate_states:
-        if torch.is_grad_enabled():
-            raise ValueError(
-                "return_intermediate_states: the states carry no gradient; call under "
-                "torch.no_grad() or torch.inference_mode()"
-            )
-        if options.backend == "reference":
-            raise ValueError("return_intermediate_states: backend='reference' has no chunks")
-
-
-def _check_inputs(inputs: _Inputs) -> None:
-    """Shapes, dtypes and devices of q, k, v, g and beta."""
-    q, k, v, g, beta = inputs
-    for name, x, ndim in (("q", q, 4), ("k", k, 4), ("v", v, 4), ("g", g, 4), ("beta", beta, 3)):
-        if x.ndim != ndim:
-            raise ValueError(f"{name}: shape {list(x.shape)} must have {ndim} dimensions")
-        if not x.is_floating_point():
-            raise ValueError(f"{name}: dtype {x.dtype} must be a floating dtype")
-        if x.device != q.device:
-            raise ValueError(f"{name}: on {x.device}, must be on q's device {q.device}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}: dtype {x.dtype} must be q's {q.dtype}")
-    batch, tokens, heads, key_dim = q.shape
-    value_heads = v.shape[2]
-    if tokens == 0 or min(q.shape[2:]) == 0 or min(v.shape[2:]) == 0:
-        raise ValueError(f"q, v: shapes {list(q.shape)}, {list(v.shape)} must not be empty")
-    if k.shape != q.shape:
-        raise ValueError(f"k: shape {list(k.shape)} must be q's {list(q.shape)}")
-    if v.shape[:2] != (batch, tokens) or value_heads % heads:
-        raise ValueError(
-            f"v: shape {list(v.shape)} must be [{batch}, {tokens}, HV, V] with HV a multiple of "
-            f"q's {heads} heads"
-        )
-    if g.shape[:3] != v.shape[:3] or g.shape[3] not in (key_dim, 1):
-        raise ValueError(
-            f"g: shape {list(g.shape)} must be {[batch, tokens, value_heads, key_dim]}, or with "
-            "last dimension 1 for one decay per head"
-        )
-    if beta.shape != v.shape[:3]:
-        raise ValueError(f"beta: shape {list(beta.shape)} must be {[batch, tokens, value_heads]}")
-
-
-def _sequence_bounds(inputs: _Inputs, cu_seqlens: torch.Tensor | None) -> list[int] | None:
-    """cu_seqlens as a checked list."""
-    if cu_seqlens is None:
-        return None
-    batch, tokens = inputs[0].shape[:2]
-    if batch != 1:
-        raise ValueError(f"cu_seqlens: needs batch size 1, the sequences in one row; got {batch}")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in _INTEGERS:
-        raise ValueError(
-            f"cu_seqlens: {cu_seqlens.dtype} {list(cu_seqlens.shape)} must be int32 or int64, "
-            "[N + 1] with N >= 1"
-        )
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens:
-        raise ValueError(
-            f"cu_seqlens: runs from {bounds[0]} to {bounds[-1]}, must run from 0 to T = {tokens}"
-        )
-    for start, end in pairwise(bounds):
-        if end < start:
-            raise ValueError(f"cu_seqlens: falls from {start} to {end}, must not decrease")
-    return bounds
-
-
-def _check_initial_state(inputs: _Inputs, options: _Options, bounds: list[int] | None) -> None:
-    state = options.initial_state
-    if state is None:
-        return
-    _, k, v, _, _ = inputs
-    sequences = v.shape[0] if bounds is None else len(bounds) - 1
-    sizes = [k.shape[-1], v.shape[-1]]
-    shape = [sequences, v.shape[2], *(reversed(sizes) if options.state_v_first else sizes)]
-    if list(state.shape) != shape:
-        order = "[N, HV, V, K]" if options.state_v_first else "[N, HV, K, V]"
-        raise ValueError(f"initial_state: shape {list(state.shape)} must be {order} = {shape}")
-    if state.dtype != torch.float32:
-        raise ValueError(f"initial_state: dtype {state.dtype} must be torch.float32")
-    if state.device != v.device:
-        raise ValueError(f"initial_state: on {state.device}, must be on v's device {v.device}")
