@@ -13,13 +13,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 SOURCES := megakda tools tests setup.py
 
-.PHONY: help quickstart test lint format docs-figures clean
+.PHONY: help quickstart test lint format kernel-report docs-figures clean
 
 help:
 	@echo "make quickstart    environment, a small model trained on 2 CPU ranks, a sample, a plot"
 	@echo "make test          the test suite (2 cores, no GPU)"
 	@echo "make lint          ruff and mypy"
 	@echo "make format        ruff's formatter and import order"
+	@echo "make kernel-report compiles the GPU kernels for three architectures, counts their bytes"
 	@echo "make docs-figures  trains the models behind the figures in docs/"
 	@echo "make clean         remove build products and caches (runs and data stay)"
 
@@ -49,6 +50,11 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
+
+# Writes benchmarks/results/kernels_aot.* and kernels_bytes.*; needs triton, and no GPU.
+kernel-report: $(VENV)/.dev
+	@$(BIN)/python tools/kernel_report.py
+	@$(BIN)/python tools/kernel_bytes.py
 
 docs-figures: $(VENV)/.base
 	@$(BIN)/python tools/compare_precision.py

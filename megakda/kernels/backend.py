@@ -31,6 +31,12 @@ def choose_backend(
                 "backend: 'triton' needs the triton package (pip install 'triton>=3.6'); "
                 "backend='torch' runs without it"
             )
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            raise ValueError(
+                f"backend: 'triton' launches on the current device, cuda:"
+                f"{torch.cuda.current_device()}, and the tensors are on {device}; call "
+                "torch.cuda.set_device first, or use torch.cuda.device"
+            )
         # The meta device stands for a GPU while kernels are compiled without one.
         if device.type not in ("cuda", "meta") and not interpreting():
             raise ValueError(

@@ -202,15 +202,19 @@ class KimiDeltaAttention(MegatronModule):
         if self.linear.conv_kernel:
             q, k, v = self.q_conv1d(q), self.k_conv1d(k), self.v_conv1d(v)
         q, k, v, decay = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v, decay))
-        g = kda_gate(decay, self.A_log, self.dt_bias, lower_bound=self._lower_bound)
         if self.watch and torch.is_grad_enabled():
-            self._record(g.detach(), beta.detach())
+            with torch.no_grad():
+                self._record(kda_gate(decay, self.A_log, self.dt_bias, self._lower_bound), beta)
         out, _ = chunk_kda(
             q,
             k,
             v,
-            g,
+            decay,
             beta,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            lower_bound=self._lower_bound,
+            use_gate_in_kernel=True,
             use_qk_l2norm_in_kernel=True,
             use_beta_sigmoid_in_kernel=True,
         )

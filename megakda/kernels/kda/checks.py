@@ -21,21 +21,21 @@ Inputs = tuple[torch.Tensor, ...]  # q, k, v, g, beta
 class Options:
     """The arguments of the operators besides the five sequences."""
 
-    A_log: torch.Tensor | None
-    dt_bias: torch.Tensor | None
-    scale: float | None
-    initial_state: torch.Tensor | None
-    output_final_state: bool
-    use_qk_l2norm_in_kernel: bool
-    use_gate_in_kernel: bool
-    use_beta_sigmoid_in_kernel: bool
-    allow_neg_eigval: bool
-    safe_gate: bool
-    lower_bound: float | None
-    cu_seqlens: torch.Tensor | None
-    state_v_first: bool
-    chunk_size: int
-    backend: str | None
+    A_log: torch.Tensor | None = None
+    dt_bias: torch.Tensor | None = None
+    scale: float | None = None
+    initial_state: torch.Tensor | None = None
+    output_final_state: bool = False
+    use_qk_l2norm_in_kernel: bool = False
+    use_gate_in_kernel: bool = False
+    use_beta_sigmoid_in_kernel: bool = False
+    allow_neg_eigval: bool = False
+    safe_gate: bool = False
+    lower_bound: float | None = None
+    cu_seqlens: torch.Tensor | None = None
+    state_v_first: bool = False
+    chunk_size: int = 64
+    backend: str | None = None
     return_intermediate_states: bool = False
     delta_rule: bool = True
 

@@ -1,26 +1,33 @@
 """Chunk-parallel KDA in plain PyTorch: exact for any decay, forward and backward.
 
-`megakda/kernels/README.md` derives the formulas. Two autograd functions do the work: `_IntraChunk`,
-everything that needs no state, for all chunks at once; and `_ChunkRecurrence`, the walk over the
-chunks that carries the state.
+`megakda/kernels/README.md` derives the formulas. Chunks are worked on in groups small enough for
+their intermediate results to stay in the processor's cache: first what needs no state, for all
+chunks of the group at once (`chunk_intra.py`), then the walk that carries the state through them.
 
-Letters in shapes:
-    B batch   T tokens   H query/key heads   HV value heads   K key size   V value size
-    C tokens of a chunk   N chunks of a sequence   Z = B*HV independent states
-    M = N*Z chunks in all, ordered by position first: chunk n of state z is row n*Z + z, so that
+Letters in shapes, besides those of `chunk_intra.py`:
+    B batch   T tokens   H query/key heads   HV value heads   Z = B*HV independent states
+    N chunks of a sequence   n chunks of each sequence in a group
+    M = n*Z chunks of a group, ordered by position first: chunk i of state z is row i*Z + z, so that
       one step of the walk reads and writes contiguous memory
-    s tokens of a block while blocks are merged in pairs: 1, 2, 4, ... C/2
-    G width of the decay: K, or 1 for one decay per head
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from megakda.kernels.kda.chunk_intra import (
+    Chunks,
+    Pairs,
+    Scores,
+    decay_factors,
+    decay_factors_backward,
+)
+
+_GROUP_BYTES = 2 << 20  # of one array [M, C, K or V]; about thirty are alive in the backward pass
 
 
 def chunk_kda_torch(
@@ -32,6 +39,9 @@ def chunk_kda_torch(
     scale: float,
     initial_state: torch.Tensor | None = None,
     chunk_size: int = 64,
+    *,
+    delta_rule: bool = True,
+    recompute: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gated delta rule over a batch of sequences of equal length.
 
@@ -42,318 +52,347 @@ def chunk_kda_torch(
         q: [B, T, H, K], T >= 1.
         k: [B, T, H, K].
         v: [B, T, HV, V], HV a multiple of H.
-        g: [B, T, HV, G], decay in log space, <= 0, of any size; G is K or 1.
+        g: [B, T, HV, K] or [B, T, HV, 1], decay in log space, <= 0, of any size, -inf included.
         beta: [B, T, HV].
         scale: of the output.
         initial_state: [B, HV, K, V] or None for zero.
         chunk_size: a power of two; memory grows with it, the number of serial steps falls.
+        delta_rule: False for plain gated linear attention, S <- Diag(exp g) S + k (beta v)^T.
+        recompute: keep nothing for the backward pass but the inputs and one state per group of
+            chunks; it then runs the forward pass again, group by group.
 
     Returns:
         o [B, T, HV, V], the state after the last token [B, HV, K, V], and the state before each
         chunk [B, N, HV, K, V], which carries no gradient.
     """
+    chunk = chunk_length(v.shape[1], chunk_size)
+    o, final_state, states, _ = run_chunks(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        chunk,
+        delta_rule=delta_rule,
+        recompute=recompute,
+    )
+    return o, final_state, states.detach().transpose(0, 1)
+
+
+def chunk_length(tokens: int, chunk_size: int) -> int:
+    """Shorter sequences than a chunk need no more than the next power of two."""
+    return min(chunk_size, 1 << (tokens - 1).bit_length())
+
+
+def run_chunks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+    initial_state: torch.Tensor | None,
+    chunk: int,
+    *,
+    added_states: torch.Tensor | None = None,
+    added_after: tuple[int, ...] = (),
+    delta_rule: bool = True,
+    recompute: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`chunk_kda_torch` with the insides that packed sequences need; everything has gradients.
+
+    Args:
+        added_states: [len(added_after), B, HV, K, V]; entry i is added to the state after the chunk
+            at position added_after[i].
+
+    Returns:
+        o [B, T, HV, V], the final state [B, HV, K, V], the states before each chunk
+        [N, B, HV, K, V], and what each token wrote to the state, N in the README [N, B, HV, C, V].
+    """
     dtype = torch.promote_types(v.dtype, torch.float32)
     batch, tokens, heads, value_dim = v.shape
-    key_dim = k.shape[-1]
-    # Shorter sequences than a chunk need no more than the next power of two.
-    chunk = min(chunk_size, 1 << (tokens - 1).bit_length())
-
-    q, k, v, g = (_to_chunks(x, heads, chunk, dtype) for x in (q, k, v, g))
-    beta = _to_chunks(beta.unsqueeze(-1), heads, chunk, dtype)
     if initial_state is None:
-        initial_state = v.new_zeros(batch * heads, key_dim, value_dim)
-    else:
-        initial_state = initial_state.to(dtype).flatten(0, 1)
-
-    intra = _IntraChunk.apply(q * scale, k * beta, k, g)
-    o, final_state, states = _ChunkRecurrence.apply(*intra, v * beta, initial_state)
-
-    o = o.view(-1, batch, heads, chunk, value_dim).permute(1, 0, 3, 2, 4)  # [B, N, C, HV, V]
-    o = o.reshape(batch, -1, heads, value_dim)[:, :tokens]
-    state_shape = (batch, heads, key_dim, value_dim)
-    return o, final_state.view(state_shape), states.unflatten(1, state_shape[:2]).transpose(0, 1)
-
-
-def _to_chunks(x: torch.Tensor, heads: int, chunk: int, dtype: torch.dtype) -> torch.Tensor:
-    """[B, T, h, D] -> [M, C, D]: heads repeated to `heads`, the last chunk filled with zeros.
-
-    A filled token has k = v = beta = 0 and g = 0: it leaves the state as it is.
-    """
-    if x.shape[1] % chunk:
-        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
-    x = x.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4)  # [N, B, h, C, D]
-    if x.shape[2] != heads:
-        repeats = heads // x.shape[2]
-        x = x.unsqueeze(3).expand(-1, -1, -1, repeats, -1, -1)
-    # A conversion of dtype lays the memory out in the same pass; otherwise `contiguous` does.
-    x = x.to(dtype, memory_format=torch.contiguous_format).contiguous()
-    return x.view(-1, chunk, x.shape[-1])
+        initial_state = v.new_zeros(batch, heads, k.shape[-1], value_dim, dtype=dtype)
+    if padding := -tokens % chunk:
+        # A filled token has k = v = beta = 0 and g = 0: it leaves the state as it is.
+        q, k, v, g = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v, g))
+        beta = F.pad(beta, (0, 0, 0, padding))
+    inputs = (q, k, v, g, beta, initial_state, added_states)
+    differentiable = any(x is not None and x.requires_grad for x in inputs)
+    keep = differentiable and torch.is_grad_enabled() and not recompute
+    o, final_state, states, v_new = _ChunkKDA.apply(
+        *inputs, scale, chunk, added_after, delta_rule, keep
+    )
+    return o[:, :tokens], final_state, states, v_new
 
 
-# ------------------------------------------------------------------ inside a chunk
+class _Layout:
+    """How sequences [B, T, h, D] lie in chunks [M, C, D], group by group."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, chunk: int) -> None:
+        batch, tokens, self.heads, value_dim = v.shape
+        self.chunk = chunk
+        self.streams = batch * self.heads
+        self.positions = tokens // chunk
+        self.dtype = torch.promote_types(v.dtype, torch.float32)
+        self.device = v.device
+        chunk_bytes = chunk * max(k.shape[-1], value_dim) * self.dtype.itemsize
+        self.group = max(1, _GROUP_BYTES // (self.streams * chunk_bytes))
+        starts = range(0, self.positions, self.group)
+        self.spans = [range(n, min(n + self.group, self.positions)) for n in starts]
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def load(self, x: torch.Tensor, span: range, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, T, h, D] -> the chunks of `span` [M, C, D], heads repeated to HV. Into `out` if
+        given; it may be strided, and repeats a last dimension of 1 where it is wider."""
+        x = self._chunked(x, span).unsqueeze(3)
+        n, batch, h, _, _, dim = x.shape
+        if out is None:
+            out = self.empty(n * self.streams, self.chunk, dim)
+        out.unflatten(0, (n, batch, h, self.heads // h)).copy_(x)
+        return out
+
+    def store(self, x: torch.Tensor, span: range, out: torch.Tensor) -> None:
+        """The adjoint of `load`: x [M, C, D] into out [B, T, h, D], summing what was repeated."""
+        out = self._chunked(out, span)
+        n, batch, h, _, dim = out.shape
+        x = x.unflatten(0, (n, batch, h, self.heads // h))
+        x = x.sum(3) if h < self.heads else x.squeeze(3)
+        out.copy_(x.sum(-1, keepdim=True) if dim < x.shape[-1] else x)
+
+    def _chunked(self, x: torch.Tensor, span: range) -> torch.Tensor:
+        """View [B, T, h, D] -> [n, B, h, C, D]."""
+        x = x[:, span.start * self.chunk : span.stop * self.chunk]
+        return x.unflatten(1, (len(span), self.chunk)).permute(1, 0, 3, 2, 4)
 
 
-class _IntraChunk(torch.autograd.Function):
-    """Decayed scores inside each chunk, and the factors that tie it to the state.
+class _ChunkKDA(torch.autograd.Function):
+    """Shapes as in `run_chunks`, T a multiple of C. Per chunk, S being the state before it:
 
-    With D(i, j) the product of exp(g) over the tokens after j up to and including i:
-
-        scores_q[i, j] = sum_d q_id k_jd D_d(i, j)   for j <= i
-        scores_b[i, j] = sum_d b_id k_jd D_d(i, j)   for j <  i
-        q_in = q * D(i, start)   b_in = b * D(i, start)   (start: before the first token)
-        k_out = k * D(end, j)    total = D(end, start)    (end: the last token)
-
-    D(i, j) is never formed for pairs, and never as a quotient. Blocks are merged in pairs: for i in
-    the right block and j in the left one, D(i, j) = (product from the right block's start up to i)
-    * (product from after j to the left block's end), both at most 1. The products themselves are
-    built by the same merging, so nothing is subtracted, nothing overflows, and a decay too strong
-    for the number format becomes the zero it stands for.
-
-    Shapes: q, b, k [M, C, K], g [M, C, G] -> scores_q, scores_b [M, C, C], q_in, b_in,
-    k_out [M, C, K], total [M, G].
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, b: torch.Tensor, k: torch.Tensor, g: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        chunks, chunk, _ = k.shape
-        scores_q, scores_b = (k.new_zeros(chunks, chunk, chunk) for _ in range(2))
-        torch.diagonal(scores_q, dim1=1, dim2=2).copy_(torch.linalg.vecdot(q, k))
-        prefix, suffix = g.exp(), torch.ones_like(g)
-        for s, row_decay, column_decay in _merge_decays(prefix, suffix):
-            columns = (_left(k, s) * column_decay).mT
-            for x, scores in ((q, scores_q), (b, scores_b)):
-                block = torch.bmm(_right(x, s) * row_decay, columns)
-                _lower_left(scores, s).copy_(block.view(chunks, -1, s, s))
-        ctx.save_for_backward(q, b, k, g)
-        return scores_q, scores_b, q * prefix, b * prefix, k * suffix, prefix[:, -1].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any,
-        dscores_q: torch.Tensor,
-        dscores_b: torch.Tensor,
-        dq_in: torch.Tensor,
-        db_in: torch.Tensor,
-        dk_out: torch.Tensor,
-        dtotal: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        # dg_t is the sum, over all products that contain exp(g_t), of product * its gradient. Such
-        # terms are collected per token, `dprefix` for products that end at a token and `dsuffix`
-        # for products that begin after one, and shared out while blocks are split in halves again.
-        # The terms of a token with itself, which do not depend on the decay, never enter: taking
-        # them in and subtracting them, as the shorter q*dq - k*dk formula does, costs all digits
-        # of dg where the decay is strong.
-        q, b, k, g = ctx.saved_tensors
-        prefix, suffix = g.exp(), torch.ones_like(g)
-        merges = [
-            (s, row_decay.clone(), column_decay.clone())
-            for s, row_decay, column_decay in _merge_decays(prefix, suffix)
-        ]
-        dq, db, dk = dq_in * prefix, db_in * prefix, dk_out * suffix
-        dprefix, dsuffix = torch.zeros_like(g), torch.zeros_like(g)
-        _add_product(dprefix, dq, q)
-        _add_product(dprefix, db, b)
-        _add_product(dsuffix, dk, k)
-        dprefix[:, -1].addcmul_(dtotal, prefix[:, -1])
-
-        diagonal = torch.diagonal(dscores_q, dim1=1, dim2=2).unsqueeze(-1)
-        dq.addcmul_(diagonal, k)
-        dk.addcmul_(diagonal, q)
-        for s, row_decay, column_decay in reversed(merges):
-            # A product over (start .. i in the right block) holds all of the left block, one over
-            # (after j in the left block .. end) all of the right block.
-            _left(dprefix, s)[:, -1].add_(_right(dprefix, s).sum(1))
-            _right(dprefix, s)[:, -1].add_(_left(dsuffix, s).sum(1))
-            columns = _left(k, s) * column_decay
-            dcolumns = torch.zeros_like(columns)
-            for x, dx, dscores in ((q, dq, dscores_q), (b, db, dscores_b)):
-                rows = _right(x, s) * row_decay
-                dblock = _lower_left(dscores, s).reshape(-1, s, s)
-                drows = _bmm(dblock, columns)
-                dcolumns.add_(_bmm(dblock.mT, rows))
-                _right(dx, s).addcmul_(drows, row_decay)
-                _add_product(_right(dprefix, s), drows, rows)
-            _left(dk, s).addcmul_(dcolumns, column_decay)
-            _add_product(_left(dsuffix, s), dcolumns, columns)
-        return dq, db, dk, dprefix
-
-
-def _merge_decays(
-    prefix: torch.Tensor, suffix: torch.Tensor
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Merges blocks of 1, 2, 4, ... tokens in pairs, up to the chunk; works in place.
-
-    On entry prefix [M, C, G] is exp(g) and suffix [M, C, G] is 1; after the last merge prefix[i] is
-    the product up to and including token i, suffix[j] the product of the tokens after j.
-
-    Yields, before each merge, the block size s, the right blocks' prefixes and the left blocks'
-    suffixes, [M*C/2s, s, G] each: views, valid until the next step.
-    """
-    s = 1
-    while s < prefix.shape[1]:
-        yield s, _right(prefix, s), _left(suffix, s)
-        _left(suffix, s).mul_(_right(prefix, s)[:, -1:])
-        _right(prefix, s).mul_(_left(prefix, s)[:, -1:])
-        s *= 2
-
-
-def _left(x: torch.Tensor, s: int) -> torch.Tensor:
-    """The first of each pair of s-token blocks: view [M, C, D] -> [M*C/2s, s, D]."""
-    return x.view(-1, 2, s, x.shape[-1])[:, 0]
-
-
-def _right(x: torch.Tensor, s: int) -> torch.Tensor:
-    """The second of each pair of s-token blocks: view [M, C, D] -> [M*C/2s, s, D]."""
-    return x.view(-1, 2, s, x.shape[-1])[:, 1]
-
-
-def _lower_left(scores: torch.Tensor, s: int) -> torch.Tensor:
-    """Right rows against left columns of each pair: view [M, C, C] -> [M, C/2s, s, s]."""
-    pairs = scores.shape[1] // (2 * s)
-    blocks = scores.unflatten(2, (pairs, 2, s)).unflatten(1, (pairs, 2, s))
-    # [M, pair, half, row, pair, half, column]: right half of the rows, left half of the columns
-    return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-
-
-def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [X, I, J] @ b [X, J, D]. For J <= 2 torch's CPU bmm runs a scalar loop, so that is
-    written as sums of products."""
-    if a.shape[2] > 2:
-        return torch.bmm(a, b)
-    out = a[:, :, :1] * b[:, :1]
-    for j in range(1, a.shape[2]):
-        out.addcmul_(a[:, :, j : j + 1], b[:, j : j + 1])
-    return out
-
-
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a * b, summed over the channels where they share one decay (total's width is 1)."""
-    if total.shape[-1] == a.shape[-1]:
-        total.addcmul_(a, b)
-    else:
-        total.add_(torch.linalg.vecdot(a, b).unsqueeze(-1))
-
-
-# ------------------------------------------------------------------ from chunk to chunk
-
-
-class _ChunkRecurrence(torch.autograd.Function):
-    """Walks the chunks in order, S being the state before each of them:
-
-        x = v - b_in S        v_new = (I + scores_b)^-1 x
-        o = q_in S + scores_q v_new
+        x = beta v - b_in S        v_new = (I + A)^-1 x
+        o = scale * (q_in S + scores_q v_new)
         S <- Diag(total) S + k_out^T v_new
 
     The inverse is applied to x inside the walk: one product more per step than with the product
     of inverse and (b_in, v) made beforehand, but two fewer for each chunk in the forward pass and
     four in the backward pass.
-
-    Shapes: the outputs of `_IntraChunk`, v [M, C, V] (times beta), state [Z, K, V] -> o [M, C, V],
-    final state [Z, K, V], states before each chunk [N, Z, K, V] (not differentiable).
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        scores_q: torch.Tensor,
-        scores_b: torch.Tensor,
-        q_in: torch.Tensor,
-        b_in: torch.Tensor,
-        k_out: torch.Tensor,
-        total: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
         v: torch.Tensor,
-        state: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        streams = state.shape[0]
-        steps = v.shape[0] // streams
-        inverse = _unit_lower_inverse(scores_b)
-        v_new = torch.empty_like(v)
-        states = state.new_empty(steps + 1, *state.shape)
-        states[0] = state
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        initial_state: torch.Tensor,
+        added_states: torch.Tensor | None,
+        scale: float,
+        chunk: int,
+        added_after: tuple[int, ...],
+        delta_rule: bool,
+        keep: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        layout = _Layout(k, v, chunk)
+        added = _by_position(added_states, added_after)
+        o = layout.empty(*v.shape)
+        states = layout.empty(layout.positions + 1, layout.streams, k.shape[-1], v.shape[-1])
+        states[0] = initial_state.flatten(0, 1)
+        v_new = layout.empty(layout.positions, layout.streams, chunk, v.shape[-1])
+        kept = []
+        for span in layout.spans:
+            q_n, k_n, g_n, beta_n = _load_factors(layout, span, q, k, g, beta)
+            scores = Scores(q_n, k_n)
+            chunks = decay_factors(q_n, k_n, g_n, beta_n, delta_rule, scores, None)
+            before, written = states[span.start : span.stop + 1], v_new[span.start : span.stop]
+            x = layout.load(v, span).mul_(beta_n)
+            _walk(chunks, scores.inverse, x, before, written, span, added)
+            out = torch.bmm(chunks.rows[:, :, 0], before[:-1].flatten(0, 1))
+            out.baddbmm_(scores.q, written.flatten(0, 1), alpha=scale, beta=scale)
+            layout.store(out, span, o)
+            if keep:
+                kept += [scores.q, scores.inverse]
 
-        before = states.unbind(0)
-        b_n, inverse_n, k_n, total_n, v_n, v_new_n = (
-            _steps(x, streams) for x in (b_in, inverse, k_out.mT, total.unsqueeze(-1), v, v_new)
-        )
-        for n in range(steps):
-            x = torch.baddbmm(v_n[n], b_n[n], before[n], alpha=-1)
-            torch.bmm(inverse_n[n], x, out=v_new_n[n])
-            torch.mul(before[n], total_n[n], out=before[n + 1])
-            before[n + 1].baddbmm_(k_n[n], v_new_n[n])
-
-        states, final_state = states[:-1], states[-1].clone()
-        o = torch.bmm(q_in, states.flatten(0, 1)).baddbmm_(scores_q, v_new)
-        ctx.save_for_backward(scores_q, inverse, q_in, b_in, k_out, total, v_new, states)
-        ctx.mark_non_differentiable(states)
+        saved = [states, v_new, *kept] if keep else [states[: -1 : layout.group].clone()]
+        ctx.save_for_backward(q, k, v, g, beta, added_states, *saved)
+        ctx.constants = scale, chunk, added_after, delta_rule, keep
         ctx.set_materialize_grads(False)  # or backward would be handed zeros the size of `states`
-        return o, final_state, states
+        batch_heads = (v.shape[0], v.shape[2])
+        return (
+            o,
+            states[-1].unflatten(0, batch_heads).clone(),
+            states[:-1].unflatten(1, batch_heads),
+            v_new.unflatten(1, batch_heads),
+        )
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, do: torch.Tensor | None, dfinal_state: torch.Tensor | None, _: None
-    ) -> tuple[torch.Tensor, ...]:
-        scores_q, inverse, q_in, b_in, k_out, total, v_new, states = ctx.saved_tensors
-        steps, streams = states.shape[:2]
-        if do is None:
-            do = torch.zeros_like(v_new)
-        # First what each chunk's output adds, for all chunks at once; the walk back adds the rest.
-        dstate_o = torch.bmm(q_in.mT, do)
-        dv_new = torch.bmm(scores_q.mT, do)
-        dx = torch.empty_like(dv_new)
-        dstates = states.new_empty(steps + 1, *states.shape[1:])
-        dstates[-1] = 0 if dfinal_state is None else dfinal_state
+        ctx: Any,
+        do: torch.Tensor | None,
+        dfinal_state: torch.Tensor | None,
+        dstates: torch.Tensor | None,
+        dv_new: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, g, beta, added_states, *saved = ctx.saved_tensors
+        scale, chunk, added_after, delta_rule, keep = ctx.constants
+        layout = _Layout(k, v, chunk)
+        added = _by_position(added_states, added_after)
+        dadded_states = None if added_states is None else torch.empty_like(added_states)
+        dadded = _by_position(dadded_states, added_after)
+        dinputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)]
+        dstate = saved[0].new_zeros(saved[0].shape[1:])
+        if dfinal_state is not None:
+            dstate += dfinal_state.flatten(0, 1)
 
-        dbefore = dstates.unbind(0)
-        b_n, inverse_n, k_n, total_n, dstate_o_n, dv_new_n, dx_n = (
-            _steps(x, streams)
-            for x in (b_in.mT, inverse.mT, k_out, total.unsqueeze(-1), dstate_o, dv_new, dx)
-        )
-        for n in reversed(range(steps)):
-            dafter = dbefore[n + 1]
-            dv_new_n[n].baddbmm_(k_n[n], dafter)
-            torch.bmm(inverse_n[n], dv_new_n[n], out=dx_n[n])
-            torch.addcmul(dstate_o_n[n], dafter, total_n[n], out=dbefore[n])
-            dbefore[n].baddbmm_(b_n[n], dx_n[n], alpha=-1)
+        for group, span in reversed(list(enumerate(layout.spans))):
+            q_n, k_n, g_n, beta_n = _load_factors(layout, span, q, k, g, beta)
+            v_n = layout.load(v, span)
+            merged: list[Pairs] = []
+            if keep:
+                chunks = decay_factors(q_n, k_n, g_n, beta_n, delta_rule, None, merged)
+                states, v_new, *kept = saved
+                before, written = states[span.start : span.stop + 1], v_new[span.start : span.stop]
+                scores_q, inverse = kept[2 * group : 2 * group + 2]
+            else:
+                scores = Scores(q_n, k_n)
+                chunks = decay_factors(q_n, k_n, g_n, beta_n, delta_rule, scores, merged)
+                before = layout.empty(len(span) + 1, *dstate.shape)
+                before[0] = saved[0][group]
+                written = layout.empty(len(span), layout.streams, *v_n.shape[1:])
+                scores_q, inverse = scores.q, scores.inverse
+                _walk(chunks, inverse, v_n * beta_n, before, written, span, added)
+            before, written = before[:-1].flatten(0, 1), written.flatten(0, 1)
 
-        states, dafter = states.flatten(0, 1), dstates[1:].flatten(0, 1)
-        dtotal = torch.linalg.vecdot(dafter, states)  # [M, K]
-        if total.shape[-1] != dtotal.shape[-1]:
-            dtotal = dtotal.sum(-1, keepdim=True)
-        return (
-            torch.bmm(do, v_new.mT),
-            # Only the strictly lower triangles of the scores are variables; `_IntraChunk` reads
-            # no more of these gradients.
-            torch.bmm(dx, v_new.mT).neg_(),
-            torch.bmm(do, states.mT),
-            torch.bmm(dx, states.mT).neg_(),
-            torch.bmm(v_new, dafter.mT),
-            dtotal,
-            dx,
-            dstates[0],
-        )
+            # The gradients of o and, with the sign turned, of x: those of the two rows of a token.
+            dy = layout.empty(len(written), chunk, 2, v.shape[-1])
+            if do is None:
+                dy[:, :, 0] = 0
+            else:
+                layout.load(do, span, dy[:, :, 0]).mul_(scale)
+            # First what each chunk's output adds, for all chunks at once; the walk adds the rest.
+            dwritten = torch.bmm(scores_q.mT, dy[:, :, 0])
+            dbefore = torch.bmm(chunks.rows[:, :, 0].mT, dy[:, :, 0])
+            if dv_new is not None:
+                dwritten += dv_new[span.start : span.stop].flatten(0, 2)
+            if dstates is not None:
+                dbefore += dstates[span.start : span.stop].flatten(0, 2)
+            dx, dstate, dafter = _walk_back(
+                chunks, inverse, dwritten, dbefore, dstate, span, dadded
+            )
+            torch.neg(dx, out=dy[:, :, 1])
+
+            gradients = decay_factors_backward(
+                chunks,
+                merged,
+                dy,
+                written,
+                torch.bmm(dy.flatten(1, 2), before.mT).view_as(chunks.rows),
+                torch.bmm(written, dafter.mT),
+                (dafter * before).sum(-1),
+                delta_rule,
+            )
+            dq_n, dk_n, dg_n, dbeta_n = gradients
+            dbeta_n.add_((dx * v_n).sum(-1, keepdim=True))
+            dv_n = dx.mul_(beta_n)
+            for x, out in zip((dq_n, dk_n, dv_n, dg_n, dbeta_n), dinputs, strict=True):
+                layout.store(x, span, out if out.ndim == 4 else out.unsqueeze(-1))
+        dinitial_state = dstate.unflatten(0, (v.shape[0], v.shape[2]))
+        return *dinputs, dinitial_state, dadded_states, None, None, None, None, None
 
 
-def _steps(x: torch.Tensor, streams: int) -> tuple[torch.Tensor, ...]:
-    """[N*Z, ...] -> N views [Z, ...]."""
-    return x.unflatten(0, (-1, streams)).unbind(0)
+def _by_position(
+    states: torch.Tensor | None, positions: tuple[int, ...]
+) -> dict[int, torch.Tensor]:
+    """Position of a chunk -> the state [B, HV, K, V] that belongs to it, as a view [Z, K, V]."""
+    return {} if states is None else dict(zip(positions, states.flatten(1, 2), strict=True))
 
 
-def _unit_lower_inverse(a: torch.Tensor) -> torch.Tensor:
-    """(I + a)^-1 for strictly lower triangular a [M, C, C], by merging blocks in pairs: the inverse
-    of [[P, 0], [Q, R]] is [[P^-1, 0], [-R^-1 Q P^-1, R^-1]].
+def _load_factors(
+    layout: _Layout,
+    span: range,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """What `decay_factors` takes."""
+    k_n = layout.load(k, span)
+    g_n = layout.load(g, span, torch.empty_like(k_n))
+    return layout.load(q, span), k_n, g_n, layout.load(beta.unsqueeze(-1), span)
+
+
+def _walk(
+    chunks: Chunks,
+    inverse: torch.Tensor,
+    x: torch.Tensor,
+    states: torch.Tensor,
+    v_new: torch.Tensor,
+    span: range,
+    added: dict[int, torch.Tensor],
+) -> None:
+    """Carries the state through the chunks of `span`.
+
+    inverse [M, C, C] is that of `Scores`; x [M, C, V] is beta v, and overwritten;
+    states [n + 1, Z, K, V] has its first entry given, the others are filled in, as is
+    v_new [n, Z, C, V].
     """
-    inverse = a.new_ones(a.shape[0] * a.shape[1], 1, 1)
-    s = 1
-    while s < a.shape[1]:
-        upper, lower = inverse.view(-1, 2, s, s).unbind(1)
-        block = _lower_left(a, s).reshape(-1, s, s)
-        inverse = a.new_zeros(len(upper), 2 * s, 2 * s)
-        inverse[:, :s, :s] = upper
-        inverse[:, s:, s:] = lower
-        inverse[:, s:, :s] = torch.bmm(lower, torch.bmm(block, upper)).neg_()
-        s *= 2
-    return inverse
+    steps = len(span)
+    before, written = states.unbind(0), v_new.unbind(0)
+    x_n = _steps(x, steps)
+    b_in, k_out = _steps(chunks.rows[:, :, 1], steps), _steps(chunks.columns.mT, steps)
+    total, inverse_n = _steps(chunks.total.unsqueeze(-1), steps), _steps(inverse, steps)
+    for n in range(steps):
+        x_n[n].baddbmm_(b_in[n], before[n], alpha=-1)
+        torch.bmm(inverse_n[n], x_n[n], out=written[n])
+        torch.mul(before[n], total[n], out=before[n + 1])
+        before[n + 1].baddbmm_(k_out[n], written[n])
+        if span[n] in added:
+            before[n + 1].add_(added[span[n]])
+
+
+def _walk_back(
+    chunks: Chunks,
+    inverse: torch.Tensor,
+    dv_new: torch.Tensor,
+    dstates: torch.Tensor,
+    dfinal_state: torch.Tensor,
+    span: range,
+    dadded: dict[int, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The adjoint of `_walk`; fills `dadded`.
+
+    dv_new [M, C, V] (overwritten) and dstates [M, K, V] are what v_new and the states before each
+    chunk get from elsewhere, dfinal_state [Z, K, V] what the last state gets.
+
+    Returns:
+        The gradients of x [M, C, V], of the first state [Z, K, V], and of the states after each
+        chunk [M, K, V].
+    """
+    steps = len(span)
+    dx = torch.empty_like(dv_new)
+    dall = dstates.new_empty(steps + 1, *dfinal_state.shape)
+    dall[-1] = dfinal_state
+    dbefore = dall.unbind(0)
+    dv_n, dx_n, dstates_n = _steps(dv_new, steps), _steps(dx, steps), _steps(dstates, steps)
+    b_in, k_out = _steps(chunks.rows[:, :, 1].mT, steps), _steps(chunks.columns, steps)
+    total, inverse_n = _steps(chunks.total.unsqueeze(-1), steps), _steps(inverse.mT, steps)
+    for n in reversed(range(steps)):
+        dafter = dbefore[n + 1]
+        if span[n] in dadded:
+            dadded[span[n]].copy_(dafter)
+        dv_n[n].baddbmm_(k_out[n], dafter)
+        torch.bmm(inverse_n[n], dv_n[n], out=dx_n[n])
+        torch.addcmul(dstates_n[n], dafter, total[n], out=dbefore[n])
+        dbefore[n].baddbmm_(b_in[n], dx_n[n], alpha=-1)
+    return dx, dall[0], dall[1:].flatten(0, 1)
+
+
+def _steps(x: torch.Tensor, steps: int) -> tuple[torch.Tensor, ...]:
+    """[n*Z, ...] -> n views [Z, ...]."""
+    return x.unflatten(0, (steps, -1)).unbind(0)

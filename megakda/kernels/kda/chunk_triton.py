@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from megakda.kernels.kda.grad_triton import kda_grad_kernel
 from megakda.kernels.kda.intra_triton import kda_intra_kernel
-from megakda.kernels.kda.plan import ChunkPlan
+from megakda.kernels.kda.plan import ChunkPlan, Split
 from megakda.kernels.kda.state_triton import (
     kda_fold_kernel,
     kda_state_grad_kernel,
@@ -117,7 +117,8 @@ def intermediate_states(
     """The state before each chunk, [C, HV, K, V] in the dtype of v; no gradient."""
     k, v, g, beta = (x.contiguous() for x in (k, v, g, beta))
     intra = _intra(None, k, g, beta, A_log, dt_bias, plan, fused)
-    states, _ = _states_and_residuals(intra, v, initial_state, plan, fused)
+    maps = _range_maps(intra, v, plan, fused)
+    states, _ = _states_and_residuals(intra, maps, v, initial_state, plan, fused)
     return states.transpose(0, 1)
 
 
@@ -153,7 +154,8 @@ class _ChunkKDA(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
         intra = _intra(q, k, g, beta, A_log, dt_bias, plan, fused)
-        initial, table = _range_starts(intra, v, initial_state, plan, fused)
+        maps = _range_maps(intra, v, plan, fused)
+        initial, table = _range_starts(maps, initial_state, plan)
         o = torch.empty_like(v)
         final_state = None
         if output_final_state:
@@ -175,15 +177,16 @@ class _ChunkKDA(torch.autograd.Function):
         dfinal = None if dfinal is None else dfinal.contiguous()
 
         intra = _intra(q, k, g, beta, A_log, dt_bias, plan, fused)
-        states, residuals = _states_and_residuals(intra, v, initial_state, plan, fused)
+        maps = _range_maps(intra, v, plan, fused)
+        states, residuals = _states_and_residuals(intra, maps, v, initial_state, plan, fused)
         dv, dstates = torch.empty_like(v), torch.empty_like(states)
-        dafter, table = _range_ends(intra, v, do, dfinal, plan, fused)
+        dafter, table = _range_ends(intra, maps, do, dfinal, plan, fused)
         dbefore = None
         if initial_state is not None and ctx.needs_input_grad[7]:
             dbefore = _state_like(v, len(table), k.shape[-1], v.shape[-1])
         _walk_back(intra, do, table, dafter, fused, dv, dstates, dbefore)
-        if dbefore is not None and plan.first_ranges is not None:
-            dbefore = dbefore.index_select(0, plan.first_ranges[:-1])
+        if dbefore is not None and plan.split is not None:
+            dbefore = dbefore.index_select(0, plan.split.first[:-1])
         del intra
         dq, *others = _gradients(
             q, k, g, beta, A_log, dt_bias, do, residuals, dv, states, dstates, plan, fused
@@ -239,35 +242,36 @@ class _RangeState(torch.autograd.Function):
 # ------------------------------------------------------------------ ranges
 
 
+def _range_maps(
+    intra: _Intra, v: torch.Tensor, plan: ChunkPlan, fused: Fused
+) -> torch.Tensor | None:
+    """The maps of the ranges, if sequences are split."""
+    return None if plan.split is None else _maps(intra, v, plan.split.maps, fused)
+
+
 def _range_starts(
-    intra: _Intra,
-    v: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    plan: ChunkPlan,
-    fused: Fused,
+    maps: torch.Tensor | None, initial_state: torch.Tensor | None, plan: ChunkPlan
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The states to begin with, and the table of the walks that begin with them."""
-    if plan.ranges is None or plan.own_slots is None:
+    if maps is None or plan.split is None:
         return initial_state, plan.sequences
-    maps = _maps(intra, v, plan.own_slots, fused)
-    return _fold(maps, None, initial_state, plan, v.shape[-1]), plan.ranges
+    return _fold(maps, None, initial_state, plan.split), plan.split.walks
 
 
 def _range_ends(
     intra: _Intra,
-    v: torch.Tensor,
+    maps: torch.Tensor | None,
     do: torch.Tensor,
     dfinal: torch.Tensor | None,
     plan: ChunkPlan,
     fused: Fused,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The gradients of the states that walks end with, and the table of the walks back."""
-    if plan.ranges is None or plan.own_slots is None:
+    if maps is None or plan.split is None:
         return dfinal, plan.sequences
-    maps = _maps(intra, v, plan.own_slots, fused)
-    before = _state_like(v, len(plan.ranges), intra.k_out.shape[-1], v.shape[-1])
-    _walk_back(intra, do, plan.own_slots, None, fused, None, None, before)
-    return _fold(maps, before, dfinal, plan, v.shape[-1]), plan.own_slots
+    before = _state_like(do, len(maps), maps.shape[2], do.shape[-1])
+    _walk_back(intra, do, plan.split.maps, None, fused, None, None, before)
+    return _fold(maps, before, dfinal, plan.split), plan.split.maps
 
 
 def _maps(intra: _Intra, v: torch.Tensor, table: torch.Tensor, fused: Fused) -> torch.Tensor:
@@ -280,13 +284,14 @@ def _maps(intra: _Intra, v: torch.Tensor, table: torch.Tensor, fused: Fused) -> 
 
 def _states_and_residuals(
     intra: _Intra,
+    maps: torch.Tensor | None,
     v: torch.Tensor,
     initial_state: torch.Tensor | None,
     plan: ChunkPlan,
     fused: Fused,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The state before each chunk [HV, C, K, V] and r [B, T, HV, V], in the dtype of v."""
-    initial, table = _range_starts(intra, v, initial_state, plan, fused)
+    initial, table = _range_starts(maps, initial_state, plan)
     states = _chunk_states(v, plan, intra.k_out.shape[-1], v.shape[-1])
     residuals = torch.empty_like(v) if fused.delta else v
     _walk(intra, v, table, initial, fused, residuals=residuals, states=states)
@@ -325,7 +330,7 @@ def _intra(
         scores=None if q is None else k.new_empty(*rows, fused.chunk_size),
         total=k.new_empty(value_heads, plan.num_chunks, key_dim, dtype=torch.float32),
     )
-    config = launch_config("kda_intra", k.device, K=key_dim, dtype=str(k.dtype))
+    config = launch_config("kda_intra", k.device, K=_padded(key_dim), dtype=_name(k))
     config["BK"] = min(config["BK"], _padded(key_dim))
     if plan.num_chunks:
         kda_intra_kernel[(plan.num_chunks, value_heads)](
@@ -355,7 +360,7 @@ def _walk(
     key_dim = intra.k_out.shape[-1]
     columns = value_dim + (key_dim if identity else 0)
     config = _column_blocks("kda_state", v, key_dim, columns)
-    kda_state_kernel[(triton.cdiv(columns, config["BV"]), value_heads, len(table))](
+    kda_state_kernel[(triton.cdiv(columns, config["BV"]) * len(table), value_heads)](
         *intra.tensors, v, table, initial_state, o, residuals, states, final_state,
         intra.k_out.shape[1], intra.total.shape[1],
         HV=value_heads, K=key_dim, KP=_padded(key_dim), V=value_dim, W=columns,
@@ -381,7 +386,7 @@ def _walk_back(
     assert sized is not None
     columns = sized.shape[-1]
     config = _column_blocks("kda_state_grad", sized, key_dim, columns)
-    kda_state_grad_kernel[(triton.cdiv(columns, config["BV"]), value_heads, len(table))](
+    kda_state_grad_kernel[(triton.cdiv(columns, config["BV"]) * len(table), value_heads)](
         *intra.tensors, do, table, dfinal, dv, dstates, dinitial,
         intra.k_out.shape[1], intra.total.shape[1],
         HV=value_heads, K=key_dim, KP=_padded(key_dim), V=columns,
@@ -395,16 +400,16 @@ def _fold(
     maps: torch.Tensor,
     before: torch.Tensor | None,
     initial_state: torch.Tensor | None,
-    plan: ChunkPlan,
-    value_dim: int,
+    split: Split,
 ) -> torch.Tensor:
     """States before (or, given `before`, gradients after) each range: [R, HV, K, V]."""
-    ranges, value_heads, key_dim, _ = maps.shape
+    ranges, value_heads, key_dim, columns = maps.shape
+    value_dim = columns - key_dim
     folded = maps.new_empty(ranges, value_heads, key_dim, value_dim)
     config = _column_blocks("kda_fold", maps, key_dim, value_dim)
-    grid = (triton.cdiv(value_dim, config["BV"]), value_heads, len(plan.sequences))
+    grid = (triton.cdiv(value_dim, config["BV"]) * (len(split.first) - 1), value_heads)
     kda_fold_kernel[grid](
-        maps, before, plan.first_ranges, initial_state, folded,
+        maps, before, split.first, initial_state, folded,
         HV=value_heads, K=key_dim, KP=_padded(key_dim), V=value_dim,
         HAS_INITIAL=initial_state is not None, BACKWARD=before is not None, **config,
     )  # fmt: skip
@@ -442,7 +447,7 @@ def _gradients(
     if dt_bias is not None:
         ddt_bias = k.new_empty(plan.num_chunks, value_heads * g.shape[-1], dtype=torch.float32)
 
-    config = launch_config("kda_grad", k.device, K=key_dim, V=columns, dtype=str(k.dtype))
+    config = launch_config("kda_grad", k.device, K=_padded(key_dim), V=columns, dtype=_name(k))
     config["BV"] = min(config["BV"], _padded(columns))
     config["BK"] = min(config["BK"], _padded(key_dim))
     if plan.num_chunks:
@@ -465,7 +470,7 @@ def _gradients(
 
 
 def _column_blocks(kernel: str, x: torch.Tensor, key_dim: int, columns: int) -> dict[str, int]:
-    config = launch_config(kernel, x.device, K=key_dim, V=columns, dtype=str(x.dtype))
+    config = launch_config(kernel, x.device, K=_padded(key_dim), V=columns, dtype=_name(x))
     config["BV"] = min(config["BV"], _padded(columns))
     return config
 
@@ -475,9 +480,9 @@ def _common(x: torch.Tensor) -> dict[str, Any]:
 
 
 def _precision(x: torch.Tensor) -> str:
-    # Products of fp32 inputs are exact fp32; of half precision ones, only the chunk's inverse is a
-    # product of fp32 operands, and it is rounded to half precision afterwards.
-    return "ieee" if x.dtype == torch.float32 else "tf32"
+    # fp32 operands in three parts, which keeps fp32's digits on tensor cores. Of half precision
+    # inputs only the chunk's inverse is a product of fp32 operands, and it is rounded afterwards.
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
 
 
 def _switches(
@@ -496,6 +501,10 @@ def _switches(
         "SCALAR_DECAY": g.shape[-1] == 1,
         "MIDPOINT": midpoint,
     }
+
+
+def _name(x: torch.Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _padded(size: int) -> int:

@@ -157,6 +157,8 @@ def kda_grad_kernel(
         if DELTA:
             b_dA -= tl.dot(b_dy, tl.trans(b_r), input_precision=PRECISION)
 
+    b_dP, b_dA = b_dP.to(DTYPE), b_dA.to(DTYPE)
+
     b_dbeta = tl.zeros((BT,), tl.float32)
     b_q_radial = tl.zeros((BT,), tl.float32)
     b_k_radial = tl.zeros((BT,), tl.float32)
@@ -165,17 +167,16 @@ def kda_grad_kernel(
     if SCALAR_DECAY:
         b_g, _ = load_decay(g, A_log, dt_bias, start, o_i, m_t, tl.arange(0, 1), i_hv, lower_bound,
                             HV, 1, GATE, HAS_BIAS)  # fmt: skip
-        b_column = tl.cumsum(b_g, axis=0)
+        b_G_head = tl.cumsum(b_g, axis=0)
 
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
         b_k = load_rows(k, start, o_i, m_t, o_k, i_h, H, K) * b_k_norm[:, None]
-        b_kb = b_k * b_beta[:, None]
         b_q = b_k
         if HAS_Q:
             b_q = load_rows(q, start, o_i, m_t, o_k, i_h, H, K) * (b_q_norm * scale)[:, None]
         if SCALAR_DECAY:
-            b_G = tl.broadcast_to(b_column, (BT, BK))
+            b_G = tl.broadcast_to(b_G_head, (BT, BK))
         else:
             b_g, _ = load_decay(g, A_log, dt_bias, start, o_i, m_t, o_k, i_hv, lower_bound,
                                 HV, K, GATE, HAS_BIAS)  # fmt: skip
@@ -190,37 +191,49 @@ def kda_grad_kernel(
         b_dcolumn *= tl.exp2(b_last[None, :] - b_G)
         # The decay of the whole chunk is in the state, and in k_out, where of the last token there
         # is none whatever g: that share is left out, here and below.
-        b_dout = tl.where(m_last[:, None], 0.0, b_kb * b_dcolumn)
+        b_dout = tl.where(m_last[:, None], 0.0, (b_k * b_beta[:, None]) * b_dcolumn)
         b_dlast = tl.sum(b_dout, axis=0) + tl.exp2(b_last) * b_dtotal
 
+        b_dG = b_q * b_dq + b_k * b_drow - b_dout
+        b_dG += tl.where((o_i == BT - 1)[:, None], b_dlast[None, :], 0.0)
+        b_dk = b_drow + b_beta[:, None] * b_dcolumn
+        b_dbeta += tl.sum(b_k * b_dcolumn, axis=1)
+
+        # A pair of tokens adds to dG at its row what it takes away at its column, so that after the
+        # cumulative sum only the decays between the two have it. For that to be exact, both are
+        # made of the factors as rounded: next to strong decay all that remains is the error.
         fits = midpoint_fits(b_G, MIDPOINT)
         for i in range(0, anchorings(fits, BT)):
             b_row_factor, b_column_factor, m_pair = anchored(b_G, i, fits)
-            b_column = (b_kb * b_column_factor).to(DTYPE)
+            b_column = (b_k * (b_column_factor * b_beta[:, None])).to(DTYPE)
+            b_dcolumn = tl.zeros((BT, BK), tl.float32)
             if HAS_Q:
-                b_d = tl.where(m_pair, b_dP, 0.0).to(DTYPE)
+                b_d = tl.where(m_pair, b_dP, 0.0)
+                b_row = (b_q * b_row_factor).to(DTYPE)
                 b_x = tl.dot(b_d, b_column, input_precision=PRECISION)
                 b_dq += b_row_factor * b_x
-                b_row = (b_q * b_row_factor).to(DTYPE)
+                b_dG += b_row.to(tl.float32) * b_x
                 b_x = tl.dot(tl.trans(b_d), b_row, input_precision=PRECISION)
                 b_dcolumn += b_column_factor * b_x
+                b_dG -= b_column.to(tl.float32) * b_x
             if DELTA:
-                b_d = tl.where(m_pair, b_dA, 0.0).to(DTYPE)
-                b_x = tl.dot(b_d, b_column, input_precision=PRECISION)
-                b_drow += b_row_factor * b_x
+                b_d = tl.where(m_pair, b_dA, 0.0)
                 b_row = (b_k * b_row_factor).to(DTYPE)
+                b_x = tl.dot(b_d, b_column, input_precision=PRECISION)
+                b_dk += b_row_factor * b_x
+                b_dG += b_row.to(tl.float32) * b_x
                 b_x = tl.dot(tl.trans(b_d), b_row, input_precision=PRECISION)
                 b_dcolumn += b_column_factor * b_x
+                b_dG -= b_column.to(tl.float32) * b_x
+            b_dk += b_beta[:, None] * b_dcolumn
+            b_dbeta += tl.sum(b_k * b_dcolumn, axis=1)
 
-        b_dG = b_q * b_dq + b_k * b_drow - tl.where(m_last[:, None], 0.0, b_kb * b_dcolumn)
-        b_dG += tl.where((o_i == BT - 1)[:, None], b_dlast[None, :], 0.0)
         if HAS_Q:
-            b_dq += b_dself[:, None] * b_kb
-            b_dcolumn += b_dself[:, None] * b_q
+            b_dq += b_dself[:, None] * (b_k * b_beta[:, None])
+            b_dk += (b_dself * b_beta)[:, None] * b_q
+            b_dbeta += b_dself * tl.sum(b_k * b_q, axis=1)
             b_q_radial += tl.sum(b_q * b_dq, axis=1)
             b_dq *= scale
-        b_dbeta += tl.sum(b_k * b_dcolumn, axis=1)
-        b_dk = b_drow + b_beta[:, None] * b_dcolumn
         b_k_radial += tl.sum(b_k * b_dk, axis=1)
         p_tile = (start * HV + i_hv) * K + o_i[:, None] * (HV * K) + o_k[None, :]
         m_tile = m_t[:, None] & (o_k < K)[None, :]

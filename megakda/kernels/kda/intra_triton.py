@@ -2,7 +2,7 @@
 
 One program per chunk of BT tokens and value head reads q, k, g and beta once, raw as they come from
 the projections, and writes what the walk over the chunks multiplies with and no more. In the
-letters of `megakda/kernels/README.md`, with D(i, j) the decay from after token j up to token i:
+letters of `megakda/kernels/kda/README.md`, with D(i, j) the decay from after token j up to token i:
 
     q_in  = scale * q_i * D(i, start)      k_in = k_i * D(i, start)
     k_out = beta_j * k_j * D(end, j)       total = D(end, start)
@@ -208,7 +208,7 @@ def kda_intra_kernel(
     if SCALAR_DECAY:
         b_g, _ = load_decay(g, A_log, dt_bias, start, o_i, m_t, tl.arange(0, 1), i_hv, lower_bound,
                             HV, 1, GATE, HAS_BIAS)  # fmt: skip
-        b_column = tl.cumsum(b_g, axis=0)  # [BT, 1]
+        b_G_head = tl.cumsum(b_g, axis=0)  # [BT, 1]
 
     b_P = tl.zeros((BT, BT), tl.float32)
     b_A = tl.zeros((BT, BT), tl.float32)
@@ -226,7 +226,7 @@ def kda_intra_kernel(
             if L2_NORM:
                 b_q *= b_q_norm[:, None]
         if SCALAR_DECAY:
-            b_G = tl.broadcast_to(b_column, (BT, BK))
+            b_G = tl.broadcast_to(b_G_head, (BT, BK))
         else:
             b_g, _ = load_decay(g, A_log, dt_bias, start, o_i, m_t, o_k, i_hv, lower_bound,
                                 HV, K, GATE, HAS_BIAS)  # fmt: skip

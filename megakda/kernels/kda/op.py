@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megakda.kernels.backend import choose_backend
+from megakda.kernels.backend import BACKENDS, choose_backend
 from megakda.kernels.kda.checks import (
     Inputs,
     Options,
@@ -24,17 +24,21 @@ from megakda.kernels.kda.checks import (
     check_triton,
     sequence_bounds,
 )
+from megakda.kernels.kda.chunk_packed import packed_kda_torch
 from megakda.kernels.kda.chunk_torch import chunk_kda_torch
 from megakda.kernels.kda.gate import kda_gate
+from megakda.kernels.kda.peers import chunk_kda_fla, chunk_kda_flash
 from megakda.kernels.kda.plan import chunks_per_range, plan_chunks
 from megakda.kernels.kda.recurrent import recurrent_kda_torch
 from megakda.kernels.kda.reference import kda_recurrence
 
 L2_NORM_EPS = 1e-6
+PEERS = {"fla": chunk_kda_fla, "flash_kda": chunk_kda_flash}
+"""Backends of `chunk_kda` to compare with: other packages, where they are installed."""
 
 # (q, k, v, g, beta, scale, initial_state), activations applied, sequences of equal length T >= 1 ->
 # (o, final_state, and perhaps the state before each chunk)
-_Implementation = Callable[..., tuple[torch.Tensor, ...]]
+_Implementation = Callable[..., tuple[Any, ...]]
 
 
 def chunk_kda(
@@ -97,14 +101,16 @@ def chunk_kda(
         lower_bound: of the bounded gate, in [-5, 0); only with `use_gate_in_kernel` or `safe_gate`.
         cu_seqlens: integer [N + 1], B = 1: sequence n is the tokens cu_seqlens[n] up to, not
             including, cu_seqlens[n + 1]. Sequences may be empty; those pass their state through.
-            They are worked on one after the other: exact and simple, and slower than one batched
-            pass over the chunks of all sequences would be if there are many short ones.
+            However many there are, the cost is that of one sequence of their total length, besides
+            the reading and writing of states. (With backend "reference", and on the torch path with
+            `return_intermediate_states`, they are worked on one after the other.)
         state_v_first: states are [..., V, K] instead of [..., K, V].
         chunk_size: 16, 32, 64 or 128 tokens; changes speed and memory, not the result beyond
             rounding.
         return_intermediate_states: also return the state before each chunk. Gradients must be off.
         backend: "torch" (chunk-parallel PyTorch), "triton" (GPU kernels), "reference" (float64,
-            token by token, slow); None is "triton" for tensors on a GPU, otherwise "torch".
+            token by token, slow); None is "triton" for tensors on a GPU, otherwise "torch". To
+            compare with, where installed: "fla" (flash-linear-attention), "flash_kda" (FlashKDA).
 
     Returns:
         o [B, T, HV, V] in the dtype of v; final_state fp32 [N, HV, K, V], or None unless
@@ -200,7 +206,10 @@ def run_kda(inputs: Inputs, options: Options, recurrent: bool = False) -> tuple[
     check_gate_parameters(inputs, options)
     bounds = sequence_bounds(inputs, options.cu_seqlens)
     check_initial_state(inputs, options, bounds)
-    backend = choose_backend(options.backend, inputs[0].device)
+    known = BACKENDS if recurrent or not options.delta_rule else (*BACKENDS, *PEERS)
+    backend = choose_backend(options.backend, inputs[0].device, known)
+    if backend in PEERS:
+        return PEERS[backend](inputs, options)
     if backend == "triton":
         check_triton(inputs, options, recurrent)
         if recurrent:
@@ -209,20 +218,35 @@ def run_kda(inputs: Inputs, options: Options, recurrent: bool = False) -> tuple[
 
     dtype = inputs[2].dtype
     implementation: _Implementation
+    delta_rule, chunk_size = options.delta_rule, options.chunk_size
     if backend == "reference":
-        implementation = kda_recurrence
+        implementation = partial(kda_recurrence, delta_rule=delta_rule)
         inputs = tuple(x.double() for x in inputs)
     elif recurrent:
-        implementation = recurrent_kda_torch
+        implementation = partial(recurrent_kda_torch, delta_rule=delta_rule, bounds=bounds)
+        bounds = None
+    elif bounds is None or options.return_intermediate_states:
+        implementation = partial(chunk_kda_torch, chunk_size=chunk_size, delta_rule=delta_rule)
     else:
-        implementation = partial(chunk_kda_torch, chunk_size=options.chunk_size)
+        implementation = partial(
+            packed_kda_torch,
+            bounds=bounds,
+            output_final_state=options.output_final_state,
+            chunk_size=chunk_size,
+            delta_rule=delta_rule,
+        )
+        bounds = None
     # Autocast would run the fp32 matrix products in half precision.
     with torch.autocast(inputs[0].device.type, enabled=False):
         o, final_state, *states = _run(implementation, _activate(inputs, options), options, bounds)
-    if options.state_v_first:
-        final_state, *states = (x.mT.contiguous() for x in (final_state, *states))
-    final = final_state.float() if options.output_final_state else None
-    return o.to(dtype).contiguous(), final, *(x.to(dtype) for x in states)
+    if not options.output_final_state:
+        final_state = None
+    elif options.state_v_first:
+        final_state = final_state.mT.contiguous()
+    if final_state is not None:
+        final_state = final_state.float()
+    states = [(x.mT.contiguous() if options.state_v_first else x).to(dtype) for x in states]
+    return o.to(dtype).contiguous(), final_state, *states
 
 
 def _chunk_triton(
@@ -340,9 +364,9 @@ def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 
 def _run(
     implementation: _Implementation, inputs: Inputs, options: Options, bounds: list[int] | None
-) -> tuple[torch.Tensor, ...]:
-    """o, final state and, where asked for, the states before each chunk; packed sequences one after
-    the other.
+) -> tuple[Any, ...]:
+    """o, final state and, where asked for, the states before each chunk; sequences within `bounds`
+    one after the other, for implementations that do not take packed ones.
     """
     wanted = 3 if options.return_intermediate_states else 2
     state = options.initial_state

@@ -6,11 +6,27 @@ one sequence (fewer at its end), a range some consecutive chunks of one sequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Sequences cut into R ranges; tables as `ChunkPlan.sequences`.
+
+    Attributes:
+        walks: [R, 5], with the range's own number as its initial slot, and as its final slot that
+            of its sequence, or -1 but for the last range of a sequence.
+        maps: [R, 5], with the range's own number in both slots.
+        first: [N + 1], the first range of each sequence.
+    """
+
+    walks: torch.Tensor
+    maps: torch.Tensor
+    first: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,23 +34,15 @@ class ChunkPlan:
     """Tables for the chunked kernels, all int32 on the device.
 
     Attributes:
-        chunks: [NC, 2], first token and end of each chunk.
+        chunks: [C, 2], first token and end of each chunk.
         sequences: [N, 5], each sequence as one range: first token, end, first chunk, and its number
             twice, as the slots of its initial and final state.
-        ranges: [R, 5], the same for the pieces that sequences are split into, with the range's own
-            number as initial slot and its sequence's as final slot, or -1 but for the last range of
-            a sequence. None if nothing is split.
-        own_slots: [R, 5], `ranges` with each range's own number in both slots.
-        first_ranges: [N + 1], the ranges of each sequence.
-        chunk_bounds: number of the first chunk of each sequence, N + 1 of them, on the host.
+        split: the ranges that sequences are split into, None if they are not.
     """
 
     chunks: torch.Tensor
     sequences: torch.Tensor
-    ranges: torch.Tensor | None
-    own_slots: torch.Tensor | None
-    first_ranges: torch.Tensor | None
-    chunk_bounds: tuple[int, ...]
+    split: Split | None
 
     @property
     def num_chunks(self) -> int:
@@ -50,36 +58,30 @@ def plan_chunks(
     The result depends on values alone, so equal packings share one plan. It may be cached and must
     not be written to.
     """
-    chunks: list[tuple[int, int]] = []
+    chunks: list[tuple[int, ...]] = []
     sequences: list[tuple[int, ...]] = []
-    ranges: list[tuple[int, ...]] = []
-    own_slots: list[tuple[int, ...]] = []
-    first_ranges, chunk_bounds = [0], [0]
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    walks: list[tuple[int, ...]] = []
+    maps: list[tuple[int, ...]] = []
+    first = [0]
+    for n, (start, end) in enumerate(pairwise(bounds)):
         sequences.append((start, end, len(chunks), n, n))
         step = chunk_size * (chunks_per_range or max(1, end - start))
-        starts = range(start, end, step) or (start,)  # an empty sequence is one empty range
-        for low in starts:
+        for low in range(start, end, step) or (start,):  # an empty sequence is one empty range
             high = min(low + step, end)
-            r, first = len(ranges), len(chunks) + (low - start) // chunk_size
-            ranges.append((low, high, first, r, n if high == end else -1))
-            own_slots.append((low, high, first, r, r))
+            r, chunk = len(walks), len(chunks) + (low - start) // chunk_size
+            walks.append((low, high, chunk, r, n if high == end else -1))
+            maps.append((low, high, chunk, r, r))
         chunks += [(t, min(t + chunk_size, end)) for t in range(start, end, chunk_size)]
-        first_ranges.append(len(ranges))
-        chunk_bounds.append(len(chunks))
+        first.append(len(walks))
 
-    def table(rows: Sequence[tuple[int, ...]] | list[int]) -> torch.Tensor:
+    def table(rows: list[tuple[int, ...]] | list[int]) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int32).to(device)
 
-    split = len(ranges) > len(sequences)
-    return ChunkPlan(
-        chunks=table(chunks) if chunks else torch.empty(0, 2, dtype=torch.int32, device=device),
-        sequences=table(sequences),
-        ranges=table(ranges) if split else None,
-        own_slots=table(own_slots) if split else None,
-        first_ranges=table(first_ranges) if split else None,
-        chunk_bounds=tuple(chunk_bounds),
-    )
+    split = None
+    if len(walks) > len(sequences):
+        split = Split(walks=table(walks), maps=table(maps), first=table(first))
+    no_chunks = torch.empty(0, 2, dtype=torch.int32, device=device)
+    return ChunkPlan(table(chunks) if chunks else no_chunks, table(sequences), split)
 
 
 MIN_CHUNKS_PER_RANGE = 8
@@ -97,7 +99,7 @@ def chunks_per_range(
         programs: how many programs walk one sequence side by side: heads times blocks of V.
         cores: multiprocessors of the GPU.
     """
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     longest = -(-max(lengths) // chunk_size)
     total = sum(-(-length // chunk_size) for length in lengths)
     # The walk takes as long as its longest piece. Splitting doubles the work, so it pays where it

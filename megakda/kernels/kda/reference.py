@@ -1,6 +1,6 @@
 """The KDA recurrence, token by token in float64: the truth that every other form is held against.
 
-Source: Kimi Linear, arXiv 2510.26692, equation 1; `megakda/kernels/README.md` derives the rest.
+Source: Kimi Linear, arXiv 2510.26692, equation 1; `megakda/kernels/kda/README.md` derives the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ def kda_recurrence(
     beta: torch.Tensor,
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
+    delta_rule: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Applies the gated delta rule one token at a time, in float64; differentiable by autograd.
 
@@ -31,6 +32,7 @@ def kda_recurrence(
         beta: [B, T, HV] step size of the delta rule.
         scale: of the output, K^-1/2 by default.
         initial_state: [B, HV, K, V], zero by default.
+        delta_rule: False for plain gated linear attention, S <- S + k_t (beta_t v_t)^T.
 
     Returns:
         o [B, T, HV, V] and the state after the last token [B, HV, K, V], both float64.
@@ -46,7 +48,9 @@ def kda_recurrence(
     outputs = []
     for t in range(tokens):
         state = state * g[:, t].exp().unsqueeze(-1)
-        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
-        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t].unsqueeze(-1) * error)
+        new = v[:, t]
+        if delta_rule:
+            new = new - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t].unsqueeze(-1) * new)
         outputs.append(scale * torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
     return torch.stack(outputs, dim=1), state

@@ -20,6 +20,19 @@ import triton.language as tl
 
 
 @triton.jit
+def _program(COLUMNS: tl.constexpr, BV: tl.constexpr):
+    """Block of columns, range or sequence, and head. Blocks of columns are neighbours, because they
+    read the same tiles; ranges stand with them on the first axis of the grid, the long one.
+    """
+    BLOCKS: tl.constexpr = (COLUMNS + BV - 1) // BV
+    return (
+        tl.program_id(0) % BLOCKS,
+        tl.program_id(0) // BLOCKS,
+        tl.program_id(1).to(tl.int64),
+    )
+
+
+@triton.jit
 def load_tile(x, first, m_t, o_k, K: tl.constexpr):
     """Tile [BT, BK] of an array of rows of K, from row `first` on."""
     o_i = tl.arange(0, m_t.shape[0])
@@ -46,7 +59,7 @@ def kda_state_kernel(
     WRITE_O: tl.constexpr, WRITE_STATES: tl.constexpr, WRITE_FINAL: tl.constexpr,
 ):  # fmt: skip
     """W columns of state: the V of the values, and with IDENTITY K more."""
-    i_v, i_hv, i_r = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_v, i_r, i_hv = _program(W, BV)
     start = tl.load(ranges + 5 * i_r).to(tl.int64)
     tokens = (tl.load(ranges + 5 * i_r + 1) - start).to(tl.int32)
     i_c = i_hv * CHUNKS + tl.load(ranges + 5 * i_r + 2)
@@ -120,7 +133,7 @@ def kda_state_grad_kernel(
     Slots in `ranges` are those of the forward walk: the gradient of a final state comes in, that of
     an initial state goes out. `do` and dv are [tokens, HV, V].
     """
-    i_v, i_hv, i_r = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_v, i_r, i_hv = _program(V, BV)
     start = tl.load(ranges + 5 * i_r).to(tl.int64)
     tokens = (tl.load(ranges + 5 * i_r + 1) - start).to(tl.int32)
     i_c = i_hv * CHUNKS + tl.load(ranges + 5 * i_r + 2)
@@ -187,7 +200,7 @@ def kda_fold_kernel(
     maps: [R, HV, K, V + K], E in the first V columns and M in the others; with BACKWARD, M alone is
     read there and E from `before` [R, HV, K, V]. first_ranges: int32 [N + 1].
     """
-    i_v, i_hv, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_v, i_n, i_hv = _program(V, BV)
     low, high = tl.load(first_ranges + i_n), tl.load(first_ranges + i_n + 1)
     o_k, o_v = tl.arange(0, KP), i_v * BV + tl.arange(0, BV)
     W: tl.constexpr = V + K

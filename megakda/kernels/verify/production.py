@@ -14,6 +14,7 @@ from megakda.kernels.gated_norm import gated_rms_norm
 from megakda.kernels.kda.decode import kda_decode_step
 from megakda.kernels.kda.decode_fused import kda_decode_fused
 from megakda.kernels.kda.gate import kda_gate
+from megakda.kernels.kda.linear_attention import chunk_gated_linear_attention
 from megakda.kernels.kda.op import chunk_kda
 from megakda.kernels.l2_norm import l2_norm
 from megakda.kernels.mla_decode import mla_decode
@@ -64,9 +65,15 @@ def _short_conv_step() -> None:
 
 
 def _chunk_kda(
-    tokens: int, heads: int, train: bool, lower_bound: float | None = None, states: bool = False
+    tokens: int,
+    heads: int,
+    train: bool,
+    lower_bound: float | None = None,
+    states: bool = False,
+    decays: int = CHANNELS,
 ) -> None:
-    q, k, v, g = (_meta(1, tokens, heads, CHANNELS, grad=train) for _ in range(4))
+    q, k, v = (_meta(1, tokens, heads, CHANNELS, grad=train) for _ in range(3))
+    g = _meta(1, tokens, heads, decays, grad=train)
     initial = _meta(1, heads, CHANNELS, CHANNELS, dtype=torch.float32, grad=train)
     o, final_state = chunk_kda(
         q,
@@ -75,7 +82,7 @@ def _chunk_kda(
         g,
         _meta(1, tokens, heads, grad=train),
         A_log=_meta(heads, dtype=torch.float32, grad=train),
-        dt_bias=_meta(heads * CHANNELS, dtype=torch.float32, grad=train),
+        dt_bias=_meta(heads * decays, dtype=torch.float32, grad=train),
         initial_state=initial if states else None,
         output_final_state=states,
         use_qk_l2norm_in_kernel=True,
@@ -87,6 +94,12 @@ def _chunk_kda(
     )
     if train:
         _backward(*((o, final_state) if states else (o,)))
+
+
+def _linear_attention() -> None:
+    q, k, v, g = (_tokens(grad=True) for _ in range(4))
+    o, _ = chunk_gated_linear_attention(q, k, v, g, backend="triton")
+    _backward(o)
 
 
 def _kda_decode(tokens: int) -> None:
@@ -151,7 +164,7 @@ _KDA_FORWARD = (
 )
 _KDA_BACKWARD = (
     Kernel("kda_state_grad_kernel", dot=True, min_warps=4),
-    Kernel("kda_grad_kernel", dot=True),
+    Kernel("kda_grad_kernel", dot=True, may_spill=("sm_80",)),
 )
 _KDA_FOLD = Kernel("kda_fold_kernel", dot=True)  # of ranges, where heads alone do not fill the GPU
 _GATE = (
@@ -159,7 +172,7 @@ _GATE = (
     Kernel("kda_gate_backward_kernel", min_warps=24),
 )
 _MLA_DECODE = (
-    Kernel("mla_decode_split_kernel", dot=True),
+    Kernel("mla_decode_split_kernel", dot=True, may_spill=("sm_80",)),
     Kernel("mla_decode_merge_kernel", min_warps=32),
 )
 
@@ -207,6 +220,12 @@ CASES: list[Case] = [
         lambda: _chunk_kda(4 * TOKENS, 4, train=True),
         (*_KDA_FORWARD, *_KDA_BACKWARD, _KDA_FOLD),
     ),
+    Case(
+        "gated_deltanet_train",
+        lambda: _chunk_kda(TOKENS, HEADS, train=True, decays=1),
+        (*_KDA_FORWARD, *_KDA_BACKWARD),
+    ),
+    Case("gated_linear_attention_train", _linear_attention, (*_KDA_FORWARD, *_KDA_BACKWARD)),
     Case("kda_decode", lambda: _kda_decode(1), (Kernel("kda_recurrent_kernel", min_warps=12),)),
     Case(
         "kda_decode_drafts",
