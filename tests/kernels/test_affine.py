@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megakda.kernels.kda import chunk_gated_linear_attention, chunk_kda
 from megakda.kernels.kda.affine import compose, fold, fold_backward, range_state
 from megakda.kernels.kda.reference import kda_recurrence
 from tests.kernels.helpers import assert_close, outputs_and_gradients, rms_error
 
 FP32 = 1e-5
+BACKENDS = ("torch", "triton")
 K, V, HEADS = 16, 24, 2
 Tensors = dict[str, torch.Tensor]
 
@@ -50,18 +53,57 @@ def recurrence_map(k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torc
     return torch.stack(columns, -1), e
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("decay", ["soft", -1e-3, -60.0])
 @pytest.mark.parametrize("tokens", [1, 64, 100])
-def test_against_recurrence(tokens: int, decay: float | str) -> None:
+def test_against_recurrence(tokens: int, decay: float | str, backend: str) -> None:
     inputs = make_range(tokens, decay, batch=2)
-    got = outputs_and_gradients(range_state, inputs)
-    assert_close(got, outputs_and_gradients(recurrence_map, inputs, torch.float64), FP32)
+    got = outputs_and_gradients(partial(range_state, backend=backend), inputs)
+    tolerance = dict.fromkeys(got, FP32)
+    if backend == "triton":
+        tolerance["dg"] = 1e-4  # differences of a cumulative decay of thousands
+    reference = outputs_and_gradients(recurrence_map, inputs, torch.float64)
+    assert_close(got, reference, tolerance)
 
 
-def test_one_decay_per_head() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_decay_per_head(backend: str) -> None:
     inputs = make_range(70, width=1)
-    got = outputs_and_gradients(range_state, inputs)
+    got = outputs_and_gradients(partial(range_state, backend=backend), inputs)
     assert_close(got, outputs_and_gradients(recurrence_map, inputs, torch.float64), FP32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lower_bound", [None, -5.0])
+@pytest.mark.parametrize("delta_rule", [True, False])
+def test_is_the_map_of_the_operators(
+    backend: str, lower_bound: float | None, delta_rule: bool
+) -> None:
+    """With all activations, raw inputs go to the map as they go to the operator itself."""
+    inputs = make_range(70)
+    x = {name: inputs[name] for name in ("k", "v", "beta")} | {"g": torch.randn_like(inputs["g"])}
+    generator = torch.Generator().manual_seed(3)
+    x["A_log"] = torch.randn(2 * HEADS, generator=generator)
+    x["dt_bias"] = torch.randn(2 * HEADS * K, generator=generator)
+    state = torch.randn(1, 2 * HEADS, K, V, generator=generator)
+    settings: dict[str, Any] = {
+        "use_qk_l2norm_in_kernel": True,
+        "use_gate_in_kernel": True,
+        "lower_bound": lower_bound,
+    }
+
+    def with_map(**x: torch.Tensor) -> Any:
+        m, e = range_state(**x, **settings, delta_rule=delta_rule, backend=backend)
+        return (m @ state + e,)
+
+    def whole(**x: torch.Tensor) -> Any:
+        operator: Any = chunk_kda if delta_rule else chunk_gated_linear_attention
+        _, final_state = operator(
+            q=x["k"], **x, **settings, initial_state=state, output_final_state=True, backend="torch"
+        )
+        return (final_state,)
+
+    assert_close(outputs_and_gradients(with_map, x), outputs_and_gradients(whole, x), FP32)
 
 
 def test_any_state() -> None:
@@ -73,12 +115,13 @@ def test_any_state() -> None:
     assert rms_error(m @ state + e, expected) < FP32
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bounds", [[0, 0, 1, 1, 66, 99, 130, 130], [0, 64, 128, 130], [0, 130]])
-def test_packed_ranges(bounds: list[int]) -> None:
+def test_packed_ranges(bounds: list[int], backend: str) -> None:
     inputs = make_range(130)
 
     def packed(**x: torch.Tensor) -> Any:
-        return range_state(**x, cu_seqlens=torch.tensor(bounds))
+        return range_state(**x, cu_seqlens=torch.tensor(bounds), backend=backend)
 
     def reference(**x: torch.Tensor) -> Any:
         parts = [

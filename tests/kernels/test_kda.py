@@ -1,4 +1,4 @@
-"""KDA operators against the float64 recurrence: values, gradients, packing, extremes, errors."""
+"""KDA operators in PyTorch against the float64 recurrence: values, gradients, packing, bits."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_one_decay_per_head(operator: Any, decay: float | str) -> None:
     check(operator, make_inputs(70, decay, decay_dim=1))
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(16, 16), (64, 128), (1, 3)])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(16, 16), (64, 128), (24, 33), (256, 16)])
 def test_head_sizes(key_dim: int, value_dim: int) -> None:
     check(chunk_kda, make_inputs(70, key_dim=key_dim, value_dim=value_dim))
 
@@ -444,95 +444,3 @@ def test_finite_at_extremes(operator: Any, decay: float | str) -> None:
     outputs, states = kda_recurrence(**inputs)
     assert rms_error(results["output 0"], outputs) < FP32
     assert rms_error(results["output 1"], states) < FP32
-
-
-# ------------------------------------------------------------------ errors
-
-B, T, H, HV, K, V = 2, 6, 2, 4, 8, 4
-
-BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
-    ({"backend": "triton"}, r"backend: 'triton' must be one of \('torch', 'reference'\)"),
-    ({"chunk_size": 48}, "chunk_size: 48"),
-    ({"q": torch.zeros(B, T, K)}, "q: shape .* 4 dimensions"),
-    ({"q": torch.zeros(B, T, H, K, dtype=torch.int64)}, "q: dtype torch.int64"),
-    ({"k": torch.zeros(B, T, H, K).bfloat16()}, "k: dtype torch.bfloat16 must be q's"),
-    ({"v": torch.zeros(B, T, HV, V).bfloat16()}, "v: dtype torch.bfloat16 must be q's"),
-    ({"k": torch.zeros(B, T, H, K + 1)}, "k: shape"),
-    ({"v": torch.zeros(B, T, 3, V)}, "v: shape .* multiple of q's 2 heads"),
-    ({"v": torch.zeros(B, T + 1, HV, V)}, "v: shape"),
-    ({"g": torch.zeros(B, T, H, K)}, "g: shape"),
-    ({"g": torch.zeros(B, T, HV, K - 1)}, "g: shape"),
-    ({"beta": torch.zeros(B, T, H)}, "beta: shape"),
-    ({"beta": torch.zeros(B, T, HV, 1)}, "beta: shape"),
-    (
-        {n: torch.zeros(B, 0, *s) for n, s in (("q", (H, K)), ("k", (H, K)), ("v", (HV, V)))},
-        "must not be empty",
-    ),
-    ({"A_log": torch.zeros(HV)}, "A_log: given, but only use_gate_in_kernel=True"),
-    ({"dt_bias": torch.zeros(HV * K)}, "dt_bias: given, but only use_gate_in_kernel=True"),
-    ({"lower_bound": -5.0}, "lower_bound: -5.0 given, but only"),
-    ({"lower_bound": -6.0, "safe_gate": True}, r"lower_bound: -6.0 must be in \[-5, 0\)"),
-    ({"use_gate_in_kernel": True}, "A_log: use_gate_in_kernel=True needs"),
-    (
-        {"use_gate_in_kernel": True, "A_log": torch.zeros(HV), "safe_gate": True},
-        "lower_bound: None",
-    ),
-    ({"use_gate_in_kernel": True, "A_log": torch.zeros(H)}, "A_log: .* must have 4"),
-    (
-        {"use_gate_in_kernel": True, "A_log": torch.zeros(HV), "dt_bias": torch.zeros(HV)},
-        "dt_bias: .* must have 32",
-    ),
-    ({"allow_neg_eigval": True}, "allow_neg_eigval: True needs use_beta_sigmoid_in_kernel"),
-    ({"initial_state": torch.zeros(B, H, K, V)}, "initial_state: shape .* must be"),
-    (
-        {"initial_state": torch.zeros(B, HV, K, V), "state_v_first": True},
-        r"initial_state: shape .* \[N, HV, V, K\] = \[2, 4, 4, 8\]",
-    ),
-    ({"initial_state": torch.zeros(B, HV, K, V).bfloat16()}, "initial_state: dtype"),
-    ({"cu_seqlens": torch.tensor([0, T])}, "cu_seqlens: needs batch size 1"),
-]
-
-BAD_PACKING: list[tuple[dict[str, Any], str]] = [
-    ({"cu_seqlens": torch.tensor([0, 4, 3, T])}, "cu_seqlens: falls from 4 to 3"),
-    ({"cu_seqlens": torch.tensor([1, T])}, "cu_seqlens: runs from 1"),
-    ({"cu_seqlens": torch.tensor([0, T - 1])}, "cu_seqlens: runs from 0 to 5"),
-    ({"cu_seqlens": torch.tensor([0.0, T])}, "cu_seqlens: torch.float32"),
-    ({"cu_seqlens": torch.tensor([0])}, "cu_seqlens: "),
-    ({"cu_seqlens": torch.tensor([[0, T]])}, "cu_seqlens: "),
-    (
-        {"cu_seqlens": torch.tensor([0, 3, T]), "initial_state": torch.zeros(1, HV, K, V)},
-        r"initial_state: shape .* = \[2, 4, 8, 4\]",
-    ),
-]
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize(
-    ("batch", "change", "message"),
-    [(B, *case) for case in BAD_ARGUMENTS] + [(1, *case) for case in BAD_PACKING],
-)
-def test_bad_arguments(operator: Any, batch: int, change: dict[str, Any], message: str) -> None:
-    good = {
-        "q": torch.zeros(batch, T, H, K),
-        "k": torch.zeros(batch, T, H, K),
-        "v": torch.zeros(batch, T, HV, V),
-        "g": torch.zeros(batch, T, HV, K),
-        "beta": torch.zeros(batch, T, HV),
-    }
-    operator(**good)
-    with pytest.raises(ValueError, match=message):
-        operator(**(good | change))
-
-
-def test_bad_intermediate_states() -> None:
-    inputs = make_inputs(5)
-    with pytest.raises(ValueError, match="return_intermediate_states: the states carry no grad"):
-        chunk_kda(**inputs, return_intermediate_states=True)
-    with torch.no_grad(), pytest.raises(ValueError, match="has no chunks"):
-        chunk_kda(**inputs, return_intermediate_states=True, backend="reference")
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_unknown_arguments_raise(operator: Any) -> None:
-    with pytest.raises(TypeError, match="head_first"):
-        operator(**make_inputs(5), head_first=True)

@@ -59,26 +59,26 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensors]:
     return checked
 
 
+def bits(case: Case, inputs: Tensors, **options: Any) -> Tensors:
+    """Outputs and gradients of the operator, unchecked."""
+    options = case.options() | options
+    return outputs_and_gradients(lambda **x: chunk_kda(**x, **options, backend="triton"), inputs)
+
+
+def equal(a: Tensors, b: Tensors) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
 # ------------------------------------------------------------------ values and gradients
 
 
 @pytest.mark.parametrize(
     "case",
     covering(
-        decay=[
-            "soft",
-            0.0,
-            -5.0,
-            -30.0,
-            "mixed",
-            "softplus",
-            "softplus without dt_bias",
-            "bounded",
-            "bounded without A_log",
-        ],
+        decay=["soft", 0.0, -5.0, -30.0, "mixed", "softplus", "bounded"],
         tokens=[1, 15, 16, 63, 64, 65],
         dtype=[torch.float32, BF16],
-        sizes=[(16, 16), (24, 40), (40, 24), (96, 80)],
+        sizes=[(16, 16), (24, 40), (40, 24)],
         layout=["one", "packed", "batch"],
         heads=[(1, 1), (1, 2)],
         chunk_size=[64, 32, 16],
@@ -101,9 +101,11 @@ FUSED: dict[str, Any] = {"beta": "sigmoid", "l2_norm": True}
 @pytest.mark.parametrize(
     "case",
     [
-        Case(130, heads=(2, 4), layout="batch"),
+        Case(130),
+        Case(65, heads=(2, 4), layout="batch", decay="softplus without dt_bias"),
+        Case(65, layout="batch", decay="bounded without A_log", chunks_per_range=1),
         Case(130, layout="packed", dtype=BF16, decay="softplus", **FUSED),
-        Case(130, layout="packed", decay="mixed", chunks_per_range=1),
+        Case(130, heads=(1, 1), layout="packed", decay="mixed", chunks_per_range=1),
         Case(65, (128, 128), heads=(1, 1), dtype=BF16, decay="softplus", **FUSED),
         Case(65, (128, 128), heads=(1, 1), decay="bounded", head_decay=True, **FUSED),
         Case(17, (256, 16), heads=(1, 1), chunk_size=16),
@@ -159,28 +161,20 @@ def test_inputs_without_gradients() -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [64, 16])
-@pytest.mark.parametrize("beta", [0.999, 1.999])
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_equal_keys(beta: float, dtype: torch.dtype, chunk_size: int) -> None:
+@pytest.mark.parametrize(
+    ("beta", "dtype", "tolerance"),
+    [(0.999, torch.float32, FP32), (1.9, torch.float32, 5e-4), (0.999, BF16, 0.02)],
+)
+def test_equal_keys(beta: float, dtype: torch.dtype, tolerance: float, chunk_size: int) -> None:
     # Every product of two keys is 1: the powers of the matrix that is inverted grow like binomial
-    # coefficients, to 1e17 for 64 tokens, while its inverse stays small.
+    # coefficients, to 1e17 for 64 tokens, while its inverse stays small. With beta near 2 the state
+    # swings and forgets nothing, and rounding adds up.
     case = Case(130, heads=(1, 1), decay=0.0, dtype=dtype, chunk_size=chunk_size)
     inputs = case.inputs()
     inputs["k"][:] = inputs["k"][:, :1]
     inputs["beta"][:] = beta
-    got = outputs_and_gradients(
-        lambda **x: chunk_kda(**x, **case.options(), backend="triton"), inputs
-    )
     reference = outputs_and_gradients(case.formulas, inputs, torch.float64)
-    assert_close(got, reference, EQUAL_KEYS[dtype])
-
-
-EQUAL_KEYS = {
-    torch.float32: dict.fromkeys(["output 0", "output 1", "dq", "dk", "dv", "dg"], 1e-4)
-    | {"dbeta": 1e-4, "dinitial_state": 1e-4},
-    BF16: dict.fromkeys(["output 0", "output 1", "dq", "dk", "dv", "dg"], 0.05)
-    | {"dbeta": 0.05, "dinitial_state": 0.05},
-}
+    assert_close(bits(case, inputs), reference, tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -191,13 +185,10 @@ def test_extremes(decay: float | str, dtype: torch.dtype) -> None:
     inputs["g"][:] = 0.0 if decay == "alternating" else decay
     if decay == "alternating":
         inputs["g"][:, ::3] = -3e38
-    results = outputs_and_gradients(
-        lambda **x: chunk_kda(**x, **case.options(), backend="triton"), inputs
-    )
+    results = bits(case, inputs)
     assert all(x.isfinite().all() for x in results.values())
-    o, state = kda_recurrence(**inputs)
-    assert rms_error(results["output 0"], o) < (FP32 if dtype == torch.float32 else 0.005)
-    assert rms_error(results["output 1"], state) < (FP32 if dtype == torch.float32 else 0.005)
+    for n, x in enumerate(kda_recurrence(**inputs)):
+        assert rms_error(results[f"output {n}"], x) < (FP32 if dtype == torch.float32 else 0.005)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
@@ -265,7 +256,7 @@ def test_natural_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "plan_chunks", plan)
     with torch.no_grad():
         got = chunk_kda(**case.inputs(), **case.options(), backend="triton")
-    assert plans[0].ranges[:, :2].tolist() == [[0, 128], [128, 256], [256, 384], [384, 385]]
+    assert plans[0].split.walks[:, :2].tolist() == [[0, 128], [128, 256], [256, 384], [384, 385]]
     for x, reference in zip(got, kda_recurrence(**case.inputs()), strict=True):
         assert rms_error(x, reference) < FP32
 
@@ -283,19 +274,10 @@ def test_when_sequences_are_split() -> None:
 # ------------------------------------------------------------------ bits
 
 
-def bits(case: Case, inputs: Tensors, **options: Any) -> Tensors:
-    options = case.options() | options
-    return outputs_and_gradients(lambda **x: chunk_kda(**x, **options, backend="triton"), inputs)
-
-
-def equal(a: Tensors, b: Tensors) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.parametrize("chunks", [None, 1])
 def test_same_bits_every_time(monkeypatch: pytest.MonkeyPatch, chunks: int | None) -> None:
     monkeypatch.setattr(op, "chunks_per_range", lambda *_: chunks)
-    case = Case(66, dtype=BF16, decay="softplus", layout="packed", **FUSED)
+    case = Case(40, heads=(1, 1), dtype=BF16, layout="packed", chunk_size=32)
     assert equal(*(bits(case, case.inputs()) for _ in range(2)))
 
 
@@ -352,37 +334,37 @@ def test_autocast_does_not_change_the_bits() -> None:
 @pytest.mark.parametrize("chunks", [None, 1])
 def test_packed_sequences_do_not_touch(monkeypatch: pytest.MonkeyPatch, chunks: int | None) -> None:
     monkeypatch.setattr(op, "chunks_per_range", lambda *_: chunks)
-    case = Case(100, heads=(1, 1), layout="packed", chunk_size=32)
-    inputs, bounds = case.inputs(), case.bounds
-    assert bounds == [0, 0, 33, 33, 34, 99, 100, 100]
+    case = Case(66, heads=(1, 1), layout="packed", chunk_size=32)
+    inputs = case.inputs()
+    assert case.bounds == [0, 0, 22, 22, 23, 65, 66, 66]
     before = bits(case, inputs)
     for name in SEQUENCES:
-        inputs[name][:, 34:99] *= 0.5
+        inputs[name][:, 23:65] *= 0.5
     after = bits(case, inputs)
     for name in ("output 0", *(f"d{x}" for x in SEQUENCES)):
         same = (before[name] == after[name]).flatten(2).all(-1)[0]
-        assert same[:34].all() and same[99:].all() and not same[34:99].any(), name
+        assert same[:23].all() and same[65:].all() and not same[23:65].any(), name
     for name in ("output 1", "dinitial_state"):
         same = (before[name] == after[name]).flatten(1).all(-1).tolist()
         assert same == [n != 4 for n in range(7)], name
 
 
-@pytest.mark.parametrize("chunks", [None, 1])
-@pytest.mark.parametrize("decay", ["soft", "softplus", "bounded"])
+@pytest.mark.parametrize(("decay", "chunks"), [("soft", None), ("softplus", 1), ("bounded", None)])
 def test_nan_in_the_gate(monkeypatch: pytest.MonkeyPatch, decay: str, chunks: int | None) -> None:
     # It shows in every output of its sequence and head from its own token on, and nowhere else but
     # in its own chunk.
     monkeypatch.setattr(op, "chunks_per_range", lambda *_: chunks)
-    case = Case(100, decay=decay, layout="packed", chunk_size=32)
+    case = Case(66, decay=decay, layout="packed", chunk_size=16)
     inputs = case.inputs()
+    assert case.bounds == [0, 0, 22, 22, 23, 65, 66, 66]
     with torch.no_grad():
         o, state = chunk_kda(**inputs, **case.options(), backend="triton")
-        inputs["g"][0, 70, 1, 5] = float("nan")  # sequence 4 has the tokens 34 to 98
+        inputs["g"][0, 50, 1, 5] = float("nan")
         got, got_state = chunk_kda(**inputs, **case.options(), backend="triton")
     assert torch.equal(got[:, :, 0], o[:, :, 0])  # the other head
-    assert torch.equal(got[:, :66, 1], o[:, :66, 1])  # its chunk begins at 34 + 32
-    assert got[:, 70:99, 1].isnan().all()
-    assert torch.equal(got[:, 99:], o[:, 99:])
+    assert torch.equal(got[:, :39, 1], o[:, :39, 1])  # its chunk begins at 23 + 16
+    assert got[:, 50:65, 1].isnan().all()
+    assert torch.equal(got[:, 65:], o[:, 65:])
     others = [n for n in range(7) if n != 4]
     assert torch.equal(got_state[others], state[others])
     assert torch.equal(got_state[4, 0], state[4, 0]) and got_state[4, 1, 5].isnan().all()

@@ -1,7 +1,7 @@
 """The part of a chunk that needs no state: decay factors and scores, for many chunks at once.
 
-`megakda/kernels/README.md` derives the formulas; `chunk_torch.py` carries the state from chunk to
-chunk.
+`megakda/kernels/kda/README.md` derives the formulas; `chunk_torch.py` carries the state from chunk
+to chunk.
 
 Letters in shapes:
     K key size   V value size   C tokens of a chunk   M chunks

@@ -1,7 +1,7 @@
 """Chunk-parallel KDA in plain PyTorch: exact for any decay, forward and backward.
 
-`megakda/kernels/README.md` derives the formulas. Chunks are worked on in groups small enough for
-their intermediate results to stay in the processor's cache: first what needs no state, for all
+`megakda/kernels/kda/README.md` derives the formulas. Chunks are worked on in groups small enough
+for their intermediate results to stay in the processor's cache: first what needs no state, for all
 chunks of the group at once (`chunk_intra.py`), then the walk that carries the state through them.
 
 Letters in shapes, besides those of `chunk_intra.py`:
@@ -27,7 +27,7 @@ from megakda.kernels.kda.chunk_intra import (
     decay_factors_backward,
 )
 
-_GROUP_BYTES = 2 << 20  # of one array [M, C, K or V]; about thirty are alive in the backward pass
+_GROUP_BYTES = 1 << 20  # of one array [M, C, K or V]; about thirty are alive in the backward pass
 
 
 def chunk_kda_torch(

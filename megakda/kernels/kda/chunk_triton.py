@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from megakda.kernels.kda.grad_triton import kda_grad_kernel
 from megakda.kernels.kda.intra_triton import kda_intra_kernel
-from megakda.kernels.kda.plan import ChunkPlan, Split
+from megakda.kernels.kda.plan import ChunkPlan, Fused, Split
 from megakda.kernels.kda.state_triton import (
     kda_fold_kernel,
     kda_state_grad_kernel,
@@ -33,29 +33,6 @@ from megakda.kernels.kda.state_triton import (
 from megakda.kernels.launch import launch_config
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@dataclass(frozen=True)
-class Fused:
-    """What the kernels do besides the recurrence itself.
-
-    Attributes:
-        scale: of q.
-        gate: "none" (g is the decay), "softplus" or "bounded".
-        lower_bound: of the bounded gate.
-        beta: "plain", "sigmoid" or "double_sigmoid".
-        l2_norm: whether q and k are divided by their norms.
-        delta: False for plain gated linear attention, S <- Diag(exp g) S + beta k v^T.
-        chunk_size: 16, 32 or 64.
-    """
-
-    scale: float
-    gate: str = "none"
-    lower_bound: float = 0.0
-    beta: str = "plain"
-    l2_norm: bool = False
-    delta: bool = True
-    chunk_size: int = 64
 
 
 @dataclass

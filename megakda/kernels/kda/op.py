@@ -28,7 +28,7 @@ from megakda.kernels.kda.chunk_packed import packed_kda_torch
 from megakda.kernels.kda.chunk_torch import chunk_kda_torch
 from megakda.kernels.kda.gate import kda_gate
 from megakda.kernels.kda.peers import chunk_kda_fla, chunk_kda_flash
-from megakda.kernels.kda.plan import chunks_per_range, plan_chunks
+from megakda.kernels.kda.plan import ChunkPlan, Fused, chunks_per_range, plan_chunks
 from megakda.kernels.kda.recurrent import recurrent_kda_torch
 from megakda.kernels.kda.reference import kda_recurrence
 
@@ -238,7 +238,7 @@ def run_kda(inputs: Inputs, options: Options, recurrent: bool = False) -> tuple[
         bounds = None
     # Autocast would run the fp32 matrix products in half precision.
     with torch.autocast(inputs[0].device.type, enabled=False):
-        o, final_state, *states = _run(implementation, _activate(inputs, options), options, bounds)
+        o, final_state, *states = _run(implementation, activate(inputs, options), options, bounds)
     if not options.output_final_state:
         final_state = None
     elif options.state_v_first:
@@ -254,9 +254,33 @@ def _chunk_triton(
 ) -> tuple[torch.Tensor | None, ...]:
     """o, final state and, where asked for, the states before each chunk."""
     # Triton is an optional dependency where there is no GPU.
-    from megakda.kernels.kda.chunk_triton import Fused, chunk_kda_triton, intermediate_states
+    from megakda.kernels.kda.chunk_triton import chunk_kda_triton, intermediate_states
 
     q, k, v, g, beta = inputs
+    fused, plan, A_log, dt_bias = triton_setup(inputs, options, bounds)
+    state = options.initial_state
+    if state is not None:
+        state = (state.mT if options.state_v_first else state).contiguous()
+    o, final_state = chunk_kda_triton(
+        q, k, v, g, beta, A_log, dt_bias, state, plan, fused, options.output_final_state
+    )
+    if final_state is not None and options.state_v_first:
+        final_state = final_state.mT.contiguous()
+    if not options.return_intermediate_states:
+        return o, final_state
+    states = intermediate_states(k, v, g, beta, A_log, dt_bias, state, plan, fused)
+    if options.state_v_first:
+        states = states.mT
+    return o, final_state, states.unflatten(0, (len(v), -1)).contiguous()
+
+
+def triton_setup(
+    inputs: Inputs, options: Options, bounds: list[int] | None
+) -> tuple[Fused, ChunkPlan, torch.Tensor | None, torch.Tensor | None]:
+    """What the chunked kernels are to do, and over which chunks; A_log and dt_bias as they read
+    them.
+    """
+    _, k, v, _, _ = inputs
     batch, tokens, value_heads, value_dim = v.shape
     rows = tuple(bounds if bounds is not None else range(0, (batch + 1) * tokens, tokens))
     fused = Fused(
@@ -272,27 +296,12 @@ def _chunk_triton(
     programs = value_heads * -(-value_dim // 64)
     length = chunks_per_range(rows, fused.chunk_size, programs, _processors(v.device))
     plan = plan_chunks(rows, fused.chunk_size, length, v.device)
-    state = options.initial_state
-    if state is not None:
-        state = (state.mT if options.state_v_first else state).contiguous()
     A_log, dt_bias = options.A_log, options.dt_bias
     if A_log is not None:
         A_log = A_log.contiguous()
     elif options.use_gate_in_kernel:
         A_log = v.new_zeros(value_heads, dtype=torch.float32)  # a rate of 1
-    if dt_bias is not None:
-        dt_bias = dt_bias.contiguous()
-    o, final_state = chunk_kda_triton(
-        q, k, v, g, beta, A_log, dt_bias, state, plan, fused, options.output_final_state
-    )
-    if final_state is not None and options.state_v_first:
-        final_state = final_state.mT.contiguous()
-    if not options.return_intermediate_states:
-        return o, final_state
-    states = intermediate_states(k, v, g, beta, A_log, dt_bias, state, plan, fused)
-    if options.state_v_first:
-        states = states.mT
-    return o, final_state, states.unflatten(0, (batch, -1)).contiguous()
+    return fused, plan, A_log, None if dt_bias is None else dt_bias.contiguous()
 
 
 def _recurrent_triton(inputs: Inputs, options: Options) -> tuple[torch.Tensor | None, ...]:
@@ -339,7 +348,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _activate(inputs: Inputs, options: Options) -> Inputs:
+def activate(inputs: Inputs, options: Options) -> Inputs:
     """Norm of q and k, gate and beta, each where asked for, in fp32 (float64 for float64)."""
     q, k, v, g, beta = inputs
     if options.use_qk_l2norm_in_kernel:

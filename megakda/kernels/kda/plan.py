@@ -1,4 +1,5 @@
-"""Where the chunks and ranges of a batch of sequences lie: small tables made on the host.
+"""What the chunked kernels are to do, and where the chunks and ranges of a batch of sequences lie:
+small tables made on the host.
 
 Tokens of all sequences are counted through, [B, T] flattened. A chunk is BT consecutive tokens of
 one sequence (fewer at its end), a range some consecutive chunks of one sequence.
@@ -11,6 +12,29 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What the kernels do besides the recurrence itself.
+
+    Attributes:
+        scale: of q.
+        gate: "none" (g is the decay), "softplus" or "bounded".
+        lower_bound: of the bounded gate.
+        beta: "plain", "sigmoid" or "double_sigmoid".
+        l2_norm: whether q and k are divided by their norms.
+        delta: False for plain gated linear attention, S <- Diag(exp g) S + beta k v^T.
+        chunk_size: 16, 32 or 64.
+    """
+
+    scale: float
+    gate: str = "none"
+    lower_bound: float = 0.0
+    beta: str = "plain"
+    l2_norm: bool = False
+    delta: bool = True
+    chunk_size: int = 64
 
 
 @dataclass(frozen=True, eq=False)

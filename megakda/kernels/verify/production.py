@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megakda.kernels.gated_norm import gated_rms_norm
+from megakda.kernels.kda.affine import range_state
 from megakda.kernels.kda.decode import kda_decode_step
 from megakda.kernels.kda.decode_fused import kda_decode_fused
 from megakda.kernels.kda.gate import kda_gate
@@ -102,6 +103,12 @@ def _linear_attention() -> None:
     _backward(o)
 
 
+def _range_state() -> None:
+    k, v, g = (_tokens(grad=True) for _ in range(3))
+    m, e = range_state(k, v, g, _meta(1, TOKENS, HEADS, grad=True), backend="triton")
+    _backward(m, e)
+
+
 def _kda_decode(tokens: int) -> None:
     q, k, v, g = (_meta(SEQUENCES, tokens, HEADS, CHANNELS) for _ in range(4))
     drafts = tokens > 1
@@ -159,7 +166,7 @@ def _mla_decode(sequences: int, queries: int) -> None:
 
 
 _KDA_FORWARD = (
-    Kernel("kda_intra_kernel", dot=True),
+    Kernel("kda_intra_kernel", dot=True, may_spill=("sm_80",)),
     Kernel("kda_state_kernel", dot=True, min_warps=4),
 )
 _KDA_BACKWARD = (
@@ -226,6 +233,7 @@ CASES: list[Case] = [
         (*_KDA_FORWARD, *_KDA_BACKWARD),
     ),
     Case("gated_linear_attention_train", _linear_attention, (*_KDA_FORWARD, *_KDA_BACKWARD)),
+    Case("range_state", _range_state, (*_KDA_FORWARD, *_KDA_BACKWARD)),
     Case("kda_decode", lambda: _kda_decode(1), (Kernel("kda_recurrent_kernel", min_warps=12),)),
     Case(
         "kda_decode_drafts",

@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 
-import megakda
-
 PACKAGES = ("torch", "triton", "fla-core", "flash-linear-attention", "flash-kda", "transformers")
 VARIABLES = ("OMP_NUM_THREADS", "FLA_FLASH_KDA", "FLA_TILELANG", "CUDA_VISIBLE_DEVICES")
-ROOT = Path(megakda.__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def describe(device: torch.device, command: list[str]) -> dict[str, Any]:

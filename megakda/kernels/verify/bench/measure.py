@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-import megakda
-
 FLUSH_BYTES = 256 << 20
 """Written before each repetition on a GPU: more than any level-2 cache holds."""
 
@@ -131,7 +129,7 @@ def cpu_peak_elsewhere(task: dict[str, Any]) -> dict[str, int]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     # Large tensors go back to the system when they are freed, so the peak is that of live memory.
     environment["MALLOC_MMAP_THRESHOLD_"] = "131072"
-    root = str(Path(megakda.__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[4])
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "megakda.kernels.verify.bench.peak", json.dumps(task)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -137,7 +137,7 @@ def _short_conv_step(make: Maker, sequences: int) -> Run:
     return run
 
 
-def _chunk_kda(
+def chunk_kda_case(
     make: Maker,
     heads: int,
     train: bool = True,
@@ -292,13 +292,13 @@ CASES: dict[str, Callable[[Maker], Run]] = {
     "gate_bounded": lambda make: _gate(make, -5.0),
     "short_conv": _short_conv,
     "short_conv_step": lambda make: _short_conv_step(make, 64),
-    "kda_prefill_h32": lambda make: _chunk_kda(make, 32, train=False),
-    "kda_train_h16": lambda make: _chunk_kda(make, 16),
-    "kda_train_h32": lambda make: _chunk_kda(make, 32),
-    "kda_train_h64": lambda make: _chunk_kda(make, 64),
-    "kda_train_h96_bounded": lambda make: _chunk_kda(make, 96, lower_bound=-5.0),
-    "kda_train_packed": lambda make: _chunk_kda(make, 32, lengths=_RAGGED),
-    "kda_train_long": lambda make: _chunk_kda(make, 4, tokens=make.sizes.long),
+    "kda_prefill_h32": lambda make: chunk_kda_case(make, 32, train=False),
+    "kda_train_h16": lambda make: chunk_kda_case(make, 16),
+    "kda_train_h32": lambda make: chunk_kda_case(make, 32),
+    "kda_train_h64": lambda make: chunk_kda_case(make, 64),
+    "kda_train_h96_bounded": lambda make: chunk_kda_case(make, 96, lower_bound=-5.0),
+    "kda_train_packed": lambda make: chunk_kda_case(make, 32, lengths=_RAGGED),
+    "kda_train_long": lambda make: chunk_kda_case(make, 4, tokens=make.sizes.long),
     "kda_decode_1": lambda make: _kda_decode(make, 1),
     "kda_decode_64": lambda make: _kda_decode(make, 64),
     "kda_decode_drafts": lambda make: _kda_decode(make, 64, drafts=4),

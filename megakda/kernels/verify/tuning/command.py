@@ -89,7 +89,7 @@ def told(outcome: Outcome) -> list[str]:
     target, old, new = outcome.target, outcome.old, outcome.new
     timed = sum(trial.rejected is None for trial in outcome.trials)
     lines = [f"\n{target.name}: {timed} of {len(outcome.trials)} candidates timed"]
-    wrong = [t for t in outcome.trials if t.rejected and "differs" in t.rejected]
+    wrong = [t for t in outcome.trials if t.rejected and t.launched]
     lines += [f"  refused: {describe(trial.config)}: {trial.rejected}" for trial in wrong]
     lines.append(f"  old  {describe(old.config)}")
     if outcome.changed:

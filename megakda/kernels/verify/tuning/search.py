@@ -31,11 +31,13 @@ class Trial:
         config: of the launch.
         milliseconds: of each case; empty if it was not timed.
         rejected: why it cannot be taken, or None.
+        launched: whether it got as far as giving results.
     """
 
     config: Config
     milliseconds: dict[str, float] = field(default_factory=dict)
     rejected: str | None = None
+    launched: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,12 @@ def _try(
                 _results(case, device, sizes), results, exactly=True
             )
             if problem is not None:
-                return Trial(config, rejected=f"{case}: {problem}")
+                return Trial(config, rejected=f"{case}: {problem}", launched=True)
             milliseconds[case] = timer(build(case, device, sizes))
     except Exception as error:  # whatever the compiler, the driver or an operator says to it
-        return Trial(config, rejected=f"{type(error).__name__}: {str(error).splitlines()[:1]}")
-    return Trial(config, milliseconds)
+        [reason, *_] = str(error).splitlines() or [""]
+        return Trial(config, rejected=f"{type(error).__name__}: {reason}")
+    return Trial(config, milliseconds, launched=True)
 
 
 def _results(case: str, device: torch.device, sizes: Sizes) -> Tensors:
