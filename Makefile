@@ -13,11 +13,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 SOURCES := megakda tools tests setup.py
 
-.PHONY: help quickstart test lint format kernel-report docs-figures clean
+.PHONY: help quickstart test test-peers lint format kernel-report docs-figures clean
 
 help:
 	@echo "make quickstart    environment, a small model trained on 2 CPU ranks, a sample, a plot"
 	@echo "make test          the test suite (2 cores, no GPU)"
+	@echo "make test-peers    FLA=checkout: flash-linear-attention's tests of KDA on our operators"
 	@echo "make lint          ruff and mypy"
 	@echo "make format        ruff's formatter and import order"
 	@echo "make kernel-report compiles the GPU kernels for three architectures, counts their bytes"
@@ -41,6 +42,17 @@ quickstart: $(VENV)/.base
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q
+
+# fla-core lies apart from the environment, where transformers would find it and use it.
+$(VENV)/peers: $(VENV)/.dev
+	@$(PIP) --no-deps --target $@ fla-core==0.6.0 einops
+
+PEER_ARGS ?= --kda-limit 300000000
+
+test-peers: $(VENV)/peers
+	@test -d "$(FLA)" || { echo "FLA=... must be a checkout of flash-linear-attention"; exit 2; }
+	@PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest -q -rsxfE -c /dev/null --rootdir $(FLA) \
+		-p tests.peers.fla_suite $(FLA)/tests/ops/test_kda.py $(PEER_ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check $(SOURCES)
