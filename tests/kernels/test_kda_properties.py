@@ -129,7 +129,8 @@ def test_forgetting_all_begins_a_new_sequence(backend: str, cut: int, wide: bool
     packed, _ = run(chunk_kda, case, inputs, cu_seqlens=torch.tensor([0, cut, 30]), backend=backend)
     inputs["g"][:, cut] = float("-inf")
     whole, _ = run(chunk_kda, case, inputs, backend=backend)
-    assert rms_error(whole, packed) < 1e-4  # half an exponent of log2 2^-150: see SMALLEST_LOG2
+    # Kernels take 2^-150 for minus infinity, and next to that sums of weak decays lose digits.
+    assert rms_error(whole, packed) < (FP32 if backend == "torch" else 1e-4)
 
 
 @pytest.mark.parametrize(("operator", "backend"), FORMS)

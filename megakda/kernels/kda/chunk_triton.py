@@ -307,7 +307,9 @@ def _intra(
         scores=None if q is None else k.new_empty(*rows, fused.chunk_size),
         total=k.new_empty(value_heads, plan.num_chunks, key_dim, dtype=torch.float32),
     )
-    config = launch_config("kda_intra", k.device, K=_padded(key_dim), dtype=_name(k))
+    config = launch_config(
+        "kda_intra", k.device, K=_padded(key_dim), dtype=_name(k), decays=g.shape[-1]
+    )
     config["BK"] = min(config["BK"], _padded(key_dim))
     if plan.num_chunks:
         kda_intra_kernel[(plan.num_chunks, value_heads)](

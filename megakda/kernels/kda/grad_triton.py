@@ -101,7 +101,10 @@ def _store_decay_gradient(dg, dt_bias_parts, b_dG, g, A_log, dt_bias, start, o_i
     """
     m_tile = m_t[:, None] & (o_k < K)[None, :]
     # Token t's decay is in the cumulative decays of t and of all later tokens.
-    b_dg = tl.cumsum(b_dG, axis=0, reverse=True)
+    if K == 1:  # triton 3.6 fails to compile a scan of one column
+        b_dg = tl.cumsum(tl.sum(b_dG, axis=1), axis=0, reverse=True)[:, None]
+    else:
+        b_dg = tl.cumsum(b_dG, axis=0, reverse=True)
     b_dA_log = 0.0
     if GATE != "none":
         _, b_x = load_decay(g, A_log, dt_bias, start, o_i, m_t, o_k, i_hv, lower_bound,
@@ -167,7 +170,7 @@ def kda_grad_kernel(
     if SCALAR_DECAY:
         b_g, _ = load_decay(g, A_log, dt_bias, start, o_i, m_t, tl.arange(0, 1), i_hv, lower_bound,
                             HV, 1, GATE, HAS_BIAS)  # fmt: skip
-        b_G_head = tl.cumsum(b_g, axis=0)
+        b_G_head = tl.cumsum(tl.sum(b_g, axis=1), axis=0)[:, None]
 
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)

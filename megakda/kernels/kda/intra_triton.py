@@ -208,7 +208,8 @@ def kda_intra_kernel(
     if SCALAR_DECAY:
         b_g, _ = load_decay(g, A_log, dt_bias, start, o_i, m_t, tl.arange(0, 1), i_hv, lower_bound,
                             HV, 1, GATE, HAS_BIAS)  # fmt: skip
-        b_G_head = tl.cumsum(b_g, axis=0)  # [BT, 1]
+        # [BT, 1], scanned as [BT]: triton 3.6 fails to compile a scan of one column.
+        b_G_head = tl.cumsum(tl.sum(b_g, axis=1), axis=0)[:, None]
 
     b_P = tl.zeros((BT, BT), tl.float32)
     b_A = tl.zeros((BT, BT), tl.float32)
