@@ -39,3 +39,9 @@ class RuntimeMismatch(MegakdaError, RuntimeError):
     """The installed torch, megatron-core or hardware is not what this code was written for."""
 
     exit_code = 6
+
+
+class CommunicationError(MegakdaError, RuntimeError):
+    """Ranks that should work together do not: one has died, does not answer, or disagrees."""
+
+    exit_code = 7

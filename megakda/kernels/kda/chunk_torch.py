@@ -81,6 +81,42 @@ def chunk_kda_torch(
     return o, final_state, states.detach().transpose(0, 1)
 
 
+@torch.no_grad()
+def initial_state_gradient(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+    do: torch.Tensor,
+    dfinal_state: torch.Tensor | None,
+    chunk_size: int = 64,
+    *,
+    delta_rule: bool = True,
+) -> torch.Tensor:
+    """The gradient of the initial state alone [B, HV, K, V], about the cost of a forward pass.
+
+    It does not depend on the states, nor on the values of v. Arguments as in `chunk_kda_torch`,
+    and the gradients of its results, do [B, T, HV, V] and dfinal_state [B, HV, K, V] or None.
+    """
+    chunk = chunk_length(v.shape[1], chunk_size)
+    q, k, v, g, beta, do = _whole_chunks(chunk, q, k, v, g, beta, do)
+    layout = _Layout(k, v, chunk)
+    dstate = layout.empty(layout.streams, k.shape[-1], v.shape[-1]).zero_()
+    if dfinal_state is not None:
+        dstate += dfinal_state.flatten(0, 1)
+    for span in reversed(layout.spans):
+        q_n, k_n, g_n, beta_n = _load_factors(layout, span, q, k, g, beta)
+        scores = Scores(q_n, k_n)
+        chunks = decay_factors(q_n, k_n, g_n, beta_n, delta_rule, scores, None)
+        dy = layout.load(do, span).mul_(scale)
+        dwritten = torch.bmm(scores.q.mT, dy)
+        dbefore = torch.bmm(chunks.rows[:, :, 0].mT, dy)
+        _, dstate, _ = _walk_back(chunks, scores.inverse, dwritten, dbefore, dstate, span, {})
+    return dstate.unflatten(0, (v.shape[0], v.shape[2]))
+
+
 def chunk_length(tokens: int, chunk_size: int) -> int:
     """Shorter sequences than a chunk need no more than the next power of two."""
     return min(chunk_size, 1 << (tokens - 1).bit_length())
@@ -115,10 +151,7 @@ def run_chunks(
     batch, tokens, heads, value_dim = v.shape
     if initial_state is None:
         initial_state = v.new_zeros(batch, heads, k.shape[-1], value_dim, dtype=dtype)
-    if padding := -tokens % chunk:
-        # A filled token has k = v = beta = 0 and g = 0: it leaves the state as it is.
-        q, k, v, g = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v, g))
-        beta = F.pad(beta, (0, 0, 0, padding))
+    q, k, v, g, beta = _whole_chunks(chunk, q, k, v, g, beta)
     inputs = (q, k, v, g, beta, initial_state, added_states)
     differentiable = any(x is not None and x.requires_grad for x in inputs)
     keep = differentiable and torch.is_grad_enabled() and not recompute
@@ -126,6 +159,15 @@ def run_chunks(
         *inputs, scale, chunk, added_after, delta_rule, keep
     )
     return o[:, :tokens], final_state, states, v_new
+
+
+def _whole_chunks(chunk: int, *sequences: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[B, T, ...] each, filled up to whole chunks with zeros: a token with k = v = beta = 0 and
+    g = 0 leaves the state as it is."""
+    padding = -sequences[0].shape[1] % chunk
+    if not padding:
+        return sequences
+    return tuple(F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)) for x in sequences)
 
 
 class _Layout:

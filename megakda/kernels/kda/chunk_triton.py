@@ -36,7 +36,7 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 @dataclass
-class _Intra:
+class Intra:
     """What pass 1 leaves, head by head so that a tile is contiguous: see `intra_triton`."""
 
     q_in: torch.Tensor | None  # [HV, B*T, K]
@@ -93,9 +93,9 @@ def intermediate_states(
 ) -> torch.Tensor:
     """The state before each chunk, [C, HV, K, V] in the dtype of v; no gradient."""
     k, v, g, beta = (x.contiguous() for x in (k, v, g, beta))
-    intra = _intra(None, k, g, beta, A_log, dt_bias, plan, fused)
-    maps = _range_maps(intra, v, plan, fused)
-    states, _ = _states_and_residuals(intra, maps, v, initial_state, plan, fused)
+    intra = run_intra(None, k, g, beta, A_log, dt_bias, plan, fused)
+    maps = range_maps(intra, v, plan, fused)
+    states, _ = states_and_residuals(intra, maps, v, initial_state, plan, fused)
     return states.transpose(0, 1)
 
 
@@ -130,14 +130,14 @@ class _ChunkKDA(torch.autograd.Function):
         output_final_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
-        intra = _intra(q, k, g, beta, A_log, dt_bias, plan, fused)
-        maps = _range_maps(intra, v, plan, fused)
-        initial, table = _range_starts(maps, initial_state, plan)
+        intra = run_intra(q, k, g, beta, A_log, dt_bias, plan, fused)
+        maps = range_maps(intra, v, plan, fused)
+        initial, table = range_starts(maps, initial_state, plan)
         o = torch.empty_like(v)
         final_state = None
         if output_final_state:
-            final_state = _state_like(v, len(plan.sequences), k.shape[-1], v.shape[-1])
-        _walk(intra, v, table, initial, fused, o=o, final_state=final_state)
+            final_state = state_like(v, len(plan.sequences), k.shape[-1], v.shape[-1])
+        walk(intra, v, table, initial, fused, o=o, final_state=final_state)
         ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, initial_state)
         ctx.plan, ctx.fused = plan, fused
         ctx.set_materialize_grads(False)
@@ -153,19 +153,19 @@ class _ChunkKDA(torch.autograd.Function):
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
 
-        intra = _intra(q, k, g, beta, A_log, dt_bias, plan, fused)
-        maps = _range_maps(intra, v, plan, fused)
-        states, residuals = _states_and_residuals(intra, maps, v, initial_state, plan, fused)
+        intra = run_intra(q, k, g, beta, A_log, dt_bias, plan, fused)
+        maps = range_maps(intra, v, plan, fused)
+        states, residuals = states_and_residuals(intra, maps, v, initial_state, plan, fused)
         dv, dstates = torch.empty_like(v), torch.empty_like(states)
-        dafter, table = _range_ends(intra, maps, do, dfinal, plan, fused)
+        dafter, table = range_ends(intra, maps, do, dfinal, plan, fused)
         dbefore = None
         if initial_state is not None and ctx.needs_input_grad[7]:
-            dbefore = _state_like(v, len(table), k.shape[-1], v.shape[-1])
-        _walk_back(intra, do, table, dafter, fused, dv, dstates, dbefore)
+            dbefore = state_like(v, len(table), k.shape[-1], v.shape[-1])
+        walk_back(intra, do, table, dafter, fused, dv, dstates, dbefore)
         if dbefore is not None and plan.split is not None:
             dbefore = dbefore.index_select(0, plan.split.first[:-1])
         del intra
-        dq, *others = _gradients(
+        dq, *others = gradients(
             q, k, g, beta, A_log, dt_bias, do, residuals, dv, states, dstates, plan, fused
         )
         dk, dg, dbeta, dA_log, ddt_bias = others
@@ -188,28 +188,28 @@ class _RangeState(torch.autograd.Function):
         fused: Fused,
     ) -> torch.Tensor:
         k, v, g, beta = (x.contiguous() for x in (k, v, g, beta))
-        intra = _intra(None, k, g, beta, A_log, dt_bias, plan, fused)
+        intra = run_intra(None, k, g, beta, A_log, dt_bias, plan, fused)
         ctx.save_for_backward(k, v, g, beta, A_log, dt_bias)
         ctx.plan, ctx.fused = plan, fused
-        return _maps(intra, v, plan.sequences, fused)
+        return maps_of(intra, v, plan.sequences, fused)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dmaps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         k, v, g, beta, A_log, dt_bias = ctx.saved_tensors
         plan, fused = ctx.plan, ctx.fused
-        intra = _intra(None, k, g, beta, A_log, dt_bias, plan, fused)
+        intra = run_intra(None, k, g, beta, A_log, dt_bias, plan, fused)
         columns = v.shape[-1] + k.shape[-1]
         states = _chunk_states(v, plan, k.shape[-1], columns)
         residuals = v.new_empty(*v.shape[:-1], columns)
-        _walk(
+        walk(
             intra, v, plan.sequences, None, fused, residuals=residuals, states=states, identity=True
         )
         if not fused.delta:
             residuals = torch.nn.functional.pad(v, (0, k.shape[-1]))
         dv, dstates = torch.empty_like(residuals), torch.empty_like(states)
-        _walk_back(intra, None, plan.sequences, dmaps.contiguous(), fused, dv, dstates, None)
-        _, *others = _gradients(
+        walk_back(intra, None, plan.sequences, dmaps.contiguous(), fused, dv, dstates, None)
+        _, *others = gradients(
             None, k, g, beta, A_log, dt_bias, None, residuals, dv, states, dstates, plan, fused
         )
         dk, dg, dbeta, dA_log, ddt_bias = others
@@ -219,24 +219,22 @@ class _RangeState(torch.autograd.Function):
 # ------------------------------------------------------------------ ranges
 
 
-def _range_maps(
-    intra: _Intra, v: torch.Tensor, plan: ChunkPlan, fused: Fused
-) -> torch.Tensor | None:
+def range_maps(intra: Intra, v: torch.Tensor, plan: ChunkPlan, fused: Fused) -> torch.Tensor | None:
     """The maps of the ranges, if sequences are split."""
-    return None if plan.split is None else _maps(intra, v, plan.split.maps, fused)
+    return None if plan.split is None else maps_of(intra, v, plan.split.maps, fused)
 
 
-def _range_starts(
+def range_starts(
     maps: torch.Tensor | None, initial_state: torch.Tensor | None, plan: ChunkPlan
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The states to begin with, and the table of the walks that begin with them."""
     if maps is None or plan.split is None:
         return initial_state, plan.sequences
-    return _fold(maps, None, initial_state, plan.split), plan.split.walks
+    return fold_ranges(maps, None, initial_state, plan.split), plan.split.walks
 
 
-def _range_ends(
-    intra: _Intra,
+def range_ends(
+    intra: Intra,
     maps: torch.Tensor | None,
     do: torch.Tensor,
     dfinal: torch.Tensor | None,
@@ -246,21 +244,21 @@ def _range_ends(
     """The gradients of the states that walks end with, and the table of the walks back."""
     if maps is None or plan.split is None:
         return dfinal, plan.sequences
-    before = _state_like(do, len(maps), maps.shape[2], do.shape[-1])
-    _walk_back(intra, do, plan.split.maps, None, fused, None, None, before)
-    return _fold(maps, before, dfinal, plan.split), plan.split.maps
+    before = state_like(do, len(maps), maps.shape[2], do.shape[-1])
+    walk_back(intra, do, plan.split.maps, None, fused, None, None, before)
+    return fold_ranges(maps, before, dfinal, plan.split), plan.split.maps
 
 
-def _maps(intra: _Intra, v: torch.Tensor, table: torch.Tensor, fused: Fused) -> torch.Tensor:
+def maps_of(intra: Intra, v: torch.Tensor, table: torch.Tensor, fused: Fused) -> torch.Tensor:
     """[E | M] of each range, fp32 [R, HV, K, V + K]."""
     key_dim = intra.k_out.shape[-1]
-    maps = _state_like(v, len(table), key_dim, v.shape[-1] + key_dim)
-    _walk(intra, v, table, None, fused, final_state=maps, identity=True)
+    maps = state_like(v, len(table), key_dim, v.shape[-1] + key_dim)
+    walk(intra, v, table, None, fused, final_state=maps, identity=True)
     return maps
 
 
-def _states_and_residuals(
-    intra: _Intra,
+def states_and_residuals(
+    intra: Intra,
     maps: torch.Tensor | None,
     v: torch.Tensor,
     initial_state: torch.Tensor | None,
@@ -268,10 +266,10 @@ def _states_and_residuals(
     fused: Fused,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The state before each chunk [HV, C, K, V] and r [B, T, HV, V], in the dtype of v."""
-    initial, table = _range_starts(maps, initial_state, plan)
+    initial, table = range_starts(maps, initial_state, plan)
     states = _chunk_states(v, plan, intra.k_out.shape[-1], v.shape[-1])
     residuals = torch.empty_like(v) if fused.delta else v
-    _walk(intra, v, table, initial, fused, residuals=residuals, states=states)
+    walk(intra, v, table, initial, fused, residuals=residuals, states=states)
     return states, residuals
 
 
@@ -279,14 +277,14 @@ def _chunk_states(v: torch.Tensor, plan: ChunkPlan, key_dim: int, columns: int) 
     return v.new_empty(v.shape[2], plan.num_chunks, key_dim, columns)
 
 
-def _state_like(v: torch.Tensor, slots: int, key_dim: int, columns: int) -> torch.Tensor:
+def state_like(v: torch.Tensor, slots: int, key_dim: int, columns: int) -> torch.Tensor:
     return v.new_empty(slots, v.shape[2], key_dim, columns, dtype=torch.float32)
 
 
 # ------------------------------------------------------------------ launches
 
 
-def _intra(
+def run_intra(
     q: torch.Tensor | None,
     k: torch.Tensor,
     g: torch.Tensor,
@@ -295,11 +293,11 @@ def _intra(
     dt_bias: torch.Tensor | None,
     plan: ChunkPlan,
     fused: Fused,
-) -> _Intra:
+) -> Intra:
     batch, tokens, heads, key_dim = k.shape
     value_heads = beta.shape[2]
     rows = (value_heads, batch * tokens)
-    intra = _Intra(
+    intra = Intra(
         q_in=None if q is None else k.new_empty(*rows, key_dim),
         k_in=k.new_empty(*rows, key_dim) if fused.delta else None,
         k_out=k.new_empty(*rows, key_dim),
@@ -321,8 +319,8 @@ def _intra(
     return intra
 
 
-def _walk(
-    intra: _Intra,
+def walk(
+    intra: Intra,
     v: torch.Tensor,
     table: torch.Tensor,
     initial_state: torch.Tensor | None,
@@ -349,8 +347,8 @@ def _walk(
     )  # fmt: skip
 
 
-def _walk_back(
-    intra: _Intra,
+def walk_back(
+    intra: Intra,
     do: torch.Tensor | None,
     table: torch.Tensor,
     dfinal: torch.Tensor | None,
@@ -375,7 +373,7 @@ def _walk_back(
     )  # fmt: skip
 
 
-def _fold(
+def fold_ranges(
     maps: torch.Tensor,
     before: torch.Tensor | None,
     initial_state: torch.Tensor | None,
@@ -395,7 +393,7 @@ def _fold(
     return folded
 
 
-def _gradients(
+def gradients(
     q: torch.Tensor | None,
     k: torch.Tensor,
     g: torch.Tensor,

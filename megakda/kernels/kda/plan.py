@@ -46,11 +46,13 @@ class Split:
             of its sequence, or -1 but for the last range of a sequence.
         maps: [R, 5], with the range's own number in both slots.
         first: [N + 1], the first range of each sequence.
+        first_on_host: the same numbers.
     """
 
     walks: torch.Tensor
     maps: torch.Tensor
     first: torch.Tensor
+    first_on_host: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +105,7 @@ def plan_chunks(
 
     split = None
     if len(walks) > len(sequences):
-        split = Split(walks=table(walks), maps=table(maps), first=table(first))
+        split = Split(table(walks), table(maps), table(first), tuple(first))
     no_chunks = torch.empty(0, 2, dtype=torch.int32, device=device)
     return ChunkPlan(table(chunks) if chunks else no_chunks, table(sequences), split)
 

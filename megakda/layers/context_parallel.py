@@ -1,0 +1,93 @@
+"""What all layers share under context parallelism: the layout, the groups, and clear failures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megakda.errors import CommunicationError
+from megakda.layers.context_layout import ContextLayout, ContextPlan, Documents, plan_context
+
+Group = torch.distributed.ProcessGroup
+MODES = ("state", "heads", "two_level")
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """How the sequence is shared by the ranks of a context-parallel group.
+
+    Attributes:
+        layout: which tokens each rank holds, the same for all layers.
+        group: the whole group.
+        heads_group: neighbours in `group` among which KDA exchanges tokens for heads (all-to-all),
+            or None: then no heads are exchanged.
+        state_group: ranks with the same place in their heads group, among which KDA exchanges
+            states, or None.
+        attention: how MLA meets the keys of other ranks, "all_gather" or "ring".
+    """
+
+    layout: ContextLayout
+    group: Group | None = None
+    heads_group: Group | None = None
+    state_group: Group | None = None
+    attention: str = "all_gather"
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+    @property
+    def heads_ranks(self) -> int:
+        return 1 if self.heads_group is None else self.heads_group.size()
+
+    def plan(self, documents: Documents) -> ContextPlan:
+        """The pieces of documents that this rank holds."""
+        return plan_context(self.layout, documents, self.rank)
+
+    def state_plan(self, documents: Documents) -> ContextPlan:
+        """The pieces of documents that this rank's heads group holds together."""
+        layout = self.layout.outer(self.heads_ranks)
+        return plan_context(layout, documents, self.rank // self.heads_ranks)
+
+
+ALONE = ContextParallel(ContextLayout("contiguous", 1))
+"""One rank holds whole sequences."""
+
+
+def layout_of(mode: str, ranks: int, heads_ranks: int | None) -> tuple[int, int]:
+    """(ranks of a heads group, ranks of a state group) of a mode.
+
+    Args:
+        mode: "state", "heads" or "two_level".
+        ranks: of the context-parallel group.
+        heads_ranks: of a heads group with "two_level".
+    """
+    assert mode in MODES
+    if mode == "two_level":
+        assert heads_ranks and ranks % heads_ranks == 0
+        return heads_ranks, ranks // heads_ranks
+    return (ranks, 1) if mode == "heads" else (1, ranks)
+
+
+@contextlib.contextmanager
+def exchange(what: str, group: Group) -> Iterator[None]:
+    """Names the exchange that fails, instead of a socket.
+
+    Raises:
+        CommunicationError: in the place of a backend's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise CommunicationError(
+            f"{what} among the {group.size()} ranks of parallel.context failed on rank "
+            f"{torch.distributed.get_rank()}: {_first_line(error)}; another rank has died or does "
+            "not answer: its own output says why (runtime.timeout_minutes sets how long to wait)"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
