@@ -19,13 +19,16 @@ from megakda import __version__
 from megakda.checkpoint import manager as checkpoints
 from megakda.config import Config, Derived
 from megakda.data.datasets import Batch, Datasets, micro_batches, order_probe
+from megakda.data.packed_dataset import packing_efficiency
 from megakda.data.tokenizer import Tokenizer
 from megakda.errors import CheckpointError
 from megakda.guard import Guard
+from megakda.layers.context_parallel import ContextParallel
 from megakda.metrics.report import Reporter
 from megakda.metrics.step_metrics import KdaTelemetry
+from megakda.models.context_batch import check_agreement, rank_batch, sequence_parallel_share
 from megakda.models.init import initialize
-from megakda.models.kimi_linear import build_chunks
+from megakda.models.kimi_linear import build_chunks, context_parallel
 from megakda.models.sharding import ModelChunk
 from megakda.optim.build import Schedule, build_optimizer, clip_gradients
 from megakda.optim.finalize import GradFinalizer
@@ -107,7 +110,10 @@ class Trainer:
         config, train = self.config, self.config.train
         resumed = self.resume()
         with self.signals, self._reporter() as report:
-            report.start(resumed, self.steps_done, self.tokens_seen, self.data_reordered)
+            packing = None
+            if config.data.packing != "none":
+                packing = str(packing_efficiency(self.datasets.train))
+            report.start(resumed, self.steps_done, self.tokens_seen, self.data_reordered, packing)
             batches = self._batches(self.datasets.train, self.sequences_consumed)
             stopped = False
             while self.steps_done < train.steps and not stopped:
@@ -245,28 +251,42 @@ def checkpoint_root(config: Config) -> Path:
     return Path(config.train.out) / "checkpoints"
 
 
-def forward_step(batches: Iterator[Batch], chunk: ModelChunk) -> tuple[torch.Tensor, Any]:
+def forward_step(
+    batches: Iterator[Batch], chunk: ModelChunk, context: ContextParallel, packed: bool
+) -> tuple[torch.Tensor, Any]:
     """One micro-batch through one chunk, as megatron-core's schedules call it.
+
+    Args:
+        context: how this rank shares sequences with others.
+        packed: whether batches say where documents begin, which every chunk has to know.
 
     Returns:
         The chunk's output and the function that turns the last chunk's output, per-token losses
         [b, s], into (summed loss, real tokens, both for the log).
     """
     model = chunk.module
-    if not (model.pre_process or model.post_process):
+    if not (model.pre_process or model.post_process or packed):
         return chunk(None, None, None), None
-    batch = {
-        name: tensor.to(torch.cuda.current_device(), non_blocking=True)
-        for name, tensor in next(batches).items()
-    }
-    output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    batch = rank_batch(next(batches), context, torch.device(torch.cuda.current_device()))
+    padding_mask = batch.padding_mask
+    if batch.documents is not None:
+        check_agreement(batch.documents, parallel_state.get_tensor_and_context_parallel_group())
+    if padding_mask is not None and model.config.sequence_parallel and not model.pre_process:
+        padding_mask = sequence_parallel_share(padding_mask)
+    output = chunk(
+        batch.tokens,
+        batch.position_ids,
+        None,
+        labels=batch.labels,
+        packed_seq_params=batch.documents,
+        padding_mask=padding_mask,
+    )
 
     def summed_loss(
         per_token: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        mask = batch["loss_mask"]
-        loss = (per_token.float() * mask).sum()
-        tokens = mask.sum()
+        loss = (per_token.float() * batch.loss_mask).sum()
+        tokens = batch.loss_mask.sum()
         return loss, tokens.to(torch.int), {"loss": torch.stack([loss.detach(), tokens]).double()}
 
     return output, summed_loss
@@ -275,7 +295,9 @@ def forward_step(batches: Iterator[Batch], chunk: ModelChunk) -> tuple[torch.Ten
 def _build_model(config: Config) -> list[ModelChunk]:
     """This rank's chunks, initialised and wrapped for data parallelism."""
     parallel = config.parallel
-    chunks = build_chunks(config.model, parallel, config.precision, config.train.context)
+    chunks = build_chunks(
+        config.model, parallel, config.precision, config.train.context, config.runtime.attention
+    )
     initialize(chunks, config.train.seed, config.model.init_std)
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -303,7 +325,11 @@ def _forward_backward(
         core.param_sync_func = _per_chunk([chunk.start_param_sync for chunk in chunks])
     schedule = partial(
         get_forward_backward_func(),
-        forward_step_func=forward_step,
+        forward_step_func=partial(
+            forward_step,
+            context=context_parallel(config.parallel),
+            packed=config.data.packing != "none",
+        ),
         model=chunks,
         seq_length=config.train.context,
         micro_batch_size=config.train.micro_batch,

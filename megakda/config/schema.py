@@ -91,7 +91,21 @@ class ParallelConfig:
     pipeline: int = 1
     virtual_pipeline: int = 1  # model chunks per pipeline rank (interleaved 1F1B)
     pipeline_layers: list[int] | None = None  # layers per chunk, in model order; null: equal shares
-    context: int = 1
+    context: int = 1  # ranks that share each sequence
+    context_mode: str = _choice(
+        "state",  # of KDA; state: ranks exchange what their tokens do to the state;
+        "heads",  # heads: all-to-all of tokens for heads;
+        "two_level",  # two_level: heads among neighbours, states between groups of them
+    )
+    context_heads: int | None = None  # with two_level: ranks that exchange heads, as of one node
+    context_layout: str = _choice(
+        "zigzag",  # zigzag: a rank holds two segments of a sequence, one from each end, which
+        "contiguous",  # balances causal attention; contiguous: it holds one
+    )
+    context_attention: str = _choice(
+        "all_gather",  # of MLA; all_gather: the latents of all ranks at once; ring: from rank to
+        "ring",  # rank, with less memory
+    )
     expert: int = 1
     expert_tensor: int = 1
     distributed_optimizer: bool = True
@@ -113,6 +127,15 @@ class DataConfig:
     split: list[float] = field(default_factory=lambda: [98.0, 2.0, 0.0])  # train, valid, test
     tokenizer: str = "byte"  # byte | hf:DIR | tiktoken:FILE
     prepare: str = _choice("none", "stdlib")  # make the data set first if it is not there
+    packing: str = _choice(
+        "none",  # none: a stream cut every train.context tokens, across documents;
+        "documents",  # documents: rows of whole documents, each with its own start, shuffled;
+        "best_fit",  # best_fit: each in the row that it fills best, for the least padding
+    )
+    overlong: str = _choice(
+        "split",  # of packed documents longer than train.context; split: parts of that length;
+        "carry",  # carry: the first part fills what is left of a row (packing=documents only)
+    )
     cache: str | None = None  # index files; null: beside the first path
     num_workers: int = 0
 
@@ -184,6 +207,7 @@ class LoggingConfig:
 class RuntimeConfig:
     device: str = _choice("auto", "cpu", "cuda")
     backend: str = _choice("torch", "transformer_engine")  # whose AdamW
+    attention: str = _choice("torch", "flash_attn")  # kernels of packed and context-parallel MLA
     timeout_minutes: float = 30.0  # of collectives
     threads: int | None = None  # CPU threads per rank; null: cores / local ranks
     peak_tflops: float | None = (

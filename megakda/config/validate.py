@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -27,6 +28,14 @@ class Derived:
     def lines(self, config: Config) -> list[str]:
         """How each number came about, one line each, for the start of a run."""
         p, t = config.parallel, config.train
+        shares = []
+        if p.context > 1:
+            segments = 2 if p.context_layout == "zigzag" else 1
+            length = t.context // (p.context * segments)
+            shares = [
+                f"tokens per context-parallel rank {segments * length:,} = {segments} x {length:,} "
+                f"({p.context_layout}); KDA by {p.context_mode}, MLA by {p.context_attention}"
+            ]
         return [
             f"ranks {self.world_size} = tensor {p.tensor} x pipeline {p.pipeline} x context "
             f"{p.context} x data {self.data_parallel}",
@@ -37,6 +46,7 @@ class Derived:
             f"tokens per step {self.tokens_per_step:,} = global batch {t.global_batch} x context "
             f"{t.context:,}",
             f"tokens in all {self.total_tokens:,} = {self.tokens_per_step:,} x {t.steps:,} steps",
+            *shares,
         ]
 
 
@@ -53,6 +63,7 @@ def validate(config: Config, world_size: int) -> Derived:
     _check_ranges(config)
     _check_model(config)
     _check_parallel(config)
+    _check_packing(config)
     return derive(config, world_size)
 
 
@@ -203,6 +214,72 @@ def _check_model(config: Config) -> None:
             )
 
 
+def _check_context(config: Config) -> None:
+    """How the tokens of a sequence are shared."""
+    m, p, tokens = config.model, config.parallel, config.train.context
+    segments = p.context * (2 if p.context_layout == "zigzag" and p.context > 1 else 1)
+    if tokens % segments:
+        other = (
+            ", or parallel.context_layout=contiguous"
+            if segments > p.context and tokens % p.context == 0
+            else ""
+        )
+        raise ConfigError(
+            f"train.context={tokens} must be a multiple of {segments}, the segments that parallel."
+            f"context={p.context} with parallel.context_layout={p.context_layout} cuts a sequence "
+            f"into: use train.context={_nearest(tokens, segments)}{other}"
+        )
+    own = tokens // p.context
+    if p.tensor > 1 and p.sequence and own % p.tensor:
+        raise ConfigError(
+            f"train.context={tokens} / parallel.context={p.context} = {own} tokens must be a "
+            f"multiple of parallel.tensor={p.tensor}: use train.context="
+            f"{_nearest(tokens, math.lcm(segments, p.context * p.tensor))}, or set "
+            "parallel.sequence=false"
+        )
+    if p.context_mode != "two_level":
+        if p.context_heads is not None:
+            raise ConfigError(
+                f"parallel.context_heads={p.context_heads} with parallel.context_mode="
+                f"{p.context_mode}: only parallel.context_mode=two_level reads it; set it to null"
+            )
+    elif p.context_heads is None or p.context_heads < 1 or p.context % p.context_heads:
+        raise ConfigError(
+            f"parallel.context_heads={p.context_heads} must divide parallel.context={p.context} "
+            "with parallel.context_mode=two_level: set it to the number of context-parallel ranks "
+            "in one node, or choose parallel.context_mode=state or heads"
+        )
+    exchange = {"state": 1, "heads": p.context, "two_level": p.context_heads}[p.context_mode] or 1
+    heads = m.num_heads // p.tensor
+    linear = "linear" in layer_kinds(m.pattern, m.num_layers, m.last_layer_full)
+    if linear and heads % exchange:
+        key = "parallel.context_heads" if p.context_mode == "two_level" else "parallel.context"
+        raise ConfigError(
+            f"model.num_heads={m.num_heads} / parallel.tensor={p.tensor} = {heads} heads must be a "
+            f"multiple of {key}={exchange} with parallel.context_mode={p.context_mode}, which "
+            "shares the heads of a rank among them: use parallel.context_mode=state, which needs "
+            "no division of heads"
+        )
+
+
+def _check_packing(config: Config) -> None:
+    data, context = config.data, config.train.context
+    if data.packing == "best_fit" and data.overlong == "carry":
+        raise ConfigError(
+            "data.overlong=carry with data.packing=best_fit: best fit has no open row that a "
+            "longer document could begin in; set data.overlong=split, or data.packing=documents"
+        )
+    if data.packing != "none" and context < 2:
+        raise ConfigError(
+            f"train.context={context} with data.packing={data.packing}: every token would be a "
+            "document of its own; raise train.context to 2 or more, or set data.packing=none"
+        )
+
+
+def _nearest(value: int, step: int) -> int:
+    return max(step, round(value / step) * step)
+
+
 def _check_parallel(config: Config) -> None:
     m, p = config.model, config.parallel
 
@@ -220,19 +297,7 @@ def _check_parallel(config: Config) -> None:
             f"parallel.virtual_pipeline={p.virtual_pipeline} needs parallel.pipeline > 1: set it "
             "to 1, or add pipeline stages"
         )
-    if p.context > 1:
-        raise ConfigError(
-            f"parallel.context={p.context}: the layers do not split sequences over ranks yet; use "
-            "parallel.context=1"
-        )
-    if p.tensor > 1 and p.sequence:
-        divisible(
-            "train.context",
-            config.train.context,
-            "parallel.tensor",
-            p.tensor,
-            "change train.context, or set parallel.sequence=false",
-        )
+    _check_context(config)
     if m.ffn == "moe":
         experts = "lower it, or change model.moe"
         divisible("model.moe.num_experts", m.moe.num_experts, "parallel.expert", p.expert, experts)

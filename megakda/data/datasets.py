@@ -21,14 +21,14 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megakda.config.schema import Config
 from megakda.data.corpus import prepare_stdlib
 from megakda.data.indexed import IndexedInfo, check_indexed
+from megakda.data.packed_dataset import Batch, PackedDataset, PackedDatasetConfig, collate
 from megakda.data.tokenizer import Tokenizer, load_tokenizer
-from megakda.errors import ConfigError, DataError
-
-Batch = dict[str, torch.Tensor]
+from megakda.errors import ConfigError, DataError, MegakdaError
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def prepare_data(config: Config, scan: bool = True) -> Corpus:
 
     Raises:
         ConfigError: no data paths, or weights or a split that do not fit them.
-        DataError: files that are missing, torn, made with another tokenizer, or too few documents.
+        DataError: files that are missing, torn, made with another tokenizer, or too few or too
+            short documents.
     """
     data = config.data
     if not data.paths:
@@ -78,6 +79,8 @@ def prepare_data(config: Config, scan: bool = True) -> Corpus:
     parts = [check_indexed(p, tokenizer, config.model.vocab_size, scan=scan) for p in data.paths]
     for part in parts:
         _check_split(list(data.split), part, config.train.eval_batches > 0)
+        if data.packing != "none":
+            _check_documents(config, part)
     return Corpus(tokenizer, tuple(parts))
 
 
@@ -93,19 +96,38 @@ def _check_split(shares: list[float], part: IndexedInfo, validates: bool) -> Non
             f"data.split={shares} leaves nothing to validate on: give the second share more, "
             "or set train.eval_batches=0"
         )
-    # megatron-core's own arithmetic: another order of additions rounds ties otherwise.
-    split = parse_and_normalize_split(_split_text(shares))
-    for name, part_of in zip(
-        ("training", "validation", "test"), convert_split_vector_to_split_matrix(split), strict=True
-    ):
-        if part_of is None:
-            continue
-        first, last = (round(bound * float(part.sequences)) for bound in part_of)
+    for name, first, last in _split_bounds(shares, part.sequences):
         if first >= last:
             raise DataError(
                 f"data.split={shares} leaves no {name} document of the {part.sequences} in "
                 f"{part.prefix}: change the shares, or cut the corpus into more documents"
             )
+
+
+def _check_documents(config: Config, part: IndexedInfo) -> None:
+    """Every split that is used has a document that predicts something."""
+    data, validates = config.data, config.train.eval_batches > 0
+    used = {"training", "validation"} if validates else {"training"}
+    corpus = IndexedDataset(part.prefix)
+    for name, first, last in _split_bounds(list(data.split), part.sequences):
+        if name in used and corpus.sequence_lengths[first:last].max() < 2:
+            raise DataError(
+                f"none of the {last - first} {name} documents of {part.prefix} has 2 tokens, and "
+                f"data.packing={data.packing} predicts tokens from others of the same document: "
+                "make longer documents (tools/preprocess_data.py --document file), change "
+                "data.split, or set data.packing=none"
+            )
+
+
+def _split_bounds(shares: list[float], sequences: int) -> list[tuple[str, int, int]]:
+    """Name, first and last (exclusive) sequence of each split that has a share."""
+    # megatron-core's own arithmetic: another order of additions rounds ties otherwise.
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(_split_text(shares)))
+    return [
+        (name, *(round(bound * float(sequences)) for bound in part_of))
+        for name, part_of in zip(("training", "validation", "test"), matrix, strict=True)
+        if part_of is not None
+    ]
 
 
 def _split_text(shares: Iterable[float]) -> str:
@@ -124,17 +146,20 @@ class Datasets:
 def build_datasets(config: Config, corpus: Corpus) -> Datasets:
     """megatron-core's datasets over `data.paths`, index files cached on disk.
 
-    A collective call: rank 0 writes the index files, then the others read them.
+    Sequences are cut from the stream of all documents, or are rows of packed documents where
+    `data.packing` says so. A collective call: rank 0 writes the index files, then the others read
+    them.
 
     Raises:
-        DataError: the corpus cannot be cut into sequences of this length.
+        DataError: the corpus cannot be cut into sequences of this length, or index files are
+            damaged.
     """
     data, train = config.data, config.train
     cache = Path(data.cache) if data.cache else Path(data.paths[0]).parent / "cache"
     weights: list[float] | None = None
     if len(data.paths) > 1:
         weights = list(data.weights or [float(part.tokens) for part in corpus.parts])
-    settings = GPTDatasetConfig(
+    shared: dict[str, Any] = dict(
         random_seed=train.seed,
         sequence_length=train.context,
         blend=([str(path) for path in data.paths], weights),
@@ -146,11 +171,17 @@ def build_datasets(config: Config, corpus: Corpus) -> Datasets:
         eod_mask_loss=False,
         create_attention_mask=False,
     )
+    kind, settings = GPTDataset, GPTDatasetConfig(**shared)
+    if data.packing != "none":
+        kind = PackedDataset
+        settings = PackedDatasetConfig(**shared, packing=data.packing, overlong=data.overlong)
     sizes = [train.steps * train.global_batch, train.eval_batches * train.global_batch, 0]
     try:
         train_set, valid_set, _ = BlendedMegatronDatasetBuilder(
-            GPTDataset, sizes, lambda: True, settings
+            kind, sizes, lambda: True, settings
         ).build()
+    except MegakdaError:
+        raise
     except Exception as error:  # megatron-core raises bare exceptions here
         raise DataError(
             f"data.paths={list(data.paths)} cannot be cut into sequences of train.context="
@@ -206,12 +237,16 @@ def micro_batches(
 
     Yields:
         tokens, labels, position_ids [micro_batch, context] int64 and loss_mask of the same shape,
-        float, 0 where a label is padding.
+        float, 0 where a label is padding. Of packed documents besides: padding_mask of the same
+        shape, bool, True at padding, and cu_seqlens [documents + 1] int32, on the CPU, the bounds
+        of documents in the flattened stream of micro_batch * context positions. Every row ends
+        one, and the padding of a row is one of its own.
     """
     loader = torch.utils.data.DataLoader(
         _Wrapped(dataset),
         batch_sampler=_Positions(consumed, micro_batch, rank, ranks),
         num_workers=num_workers,
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )

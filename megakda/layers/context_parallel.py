@@ -12,7 +12,6 @@ from megakda.errors import CommunicationError
 from megakda.layers.context_layout import ContextLayout, ContextPlan, Documents, plan_context
 
 Group = torch.distributed.ProcessGroup
-MODES = ("state", "heads", "two_level")
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,6 @@ class ContextParallel:
 
 ALONE = ContextParallel(ContextLayout("contiguous", 1))
 """One rank holds whole sequences."""
-
-
-def layout_of(mode: str, ranks: int, heads_ranks: int | None) -> tuple[int, int]:
-    """(ranks of a heads group, ranks of a state group) of a mode.
-
-    Args:
-        mode: "state", "heads" or "two_level".
-        ranks: of the context-parallel group.
-        heads_ranks: of a heads group with "two_level".
-    """
-    assert mode in MODES
-    if mode == "two_level":
-        assert heads_ranks and ranks % heads_ranks == 0
-        return heads_ranks, ranks // heads_ranks
-    return (ranks, 1) if mode == "heads" else (1, ranks)
 
 
 @contextlib.contextmanager

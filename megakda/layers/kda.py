@@ -7,6 +7,7 @@ tensor-parallel group.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,16 @@ from megatron.core.utils import divide
 
 from megakda.config.schema import LinearAttentionConfig
 from megakda.kernels.gated_norm import gated_rms_norm
-from megakda.kernels.kda import chunk_kda, kda_gate
-from megakda.kernels.short_conv import short_conv
+from megakda.kernels.kda import kda_gate
 from megakda.layers import initializers
+from megakda.layers.context_layout import Documents
+from megakda.layers.context_parallel import ALONE, ContextParallel
+from megakda.layers.kda_context_parallel import kda_context_parallel
 from megakda.layers.linear import (
     ReplicatedLinear,
     column_parallel,
     project_together,
+    ready_weight,
     row_parallel,
 )
 
@@ -34,9 +38,10 @@ SATURATED_LOW, SATURATED_HIGH = 0.01, 0.999
 
 
 class ShortConvolution(MegatronModule):
-    """Depthwise causal convolution over the sequence, then SiLU; channels follow the heads.
+    """The weight of a depthwise causal convolution over the sequence; channels follow the heads.
 
-    Shape: [b, s, channels/TP] -> the same. Parameter `weight` [channels/TP, taps].
+    Parameter `weight` [channels/TP, taps]. It is applied where the neighbouring tokens are known,
+    in `megakda.layers.kda_context_parallel`.
     """
 
     def __init__(
@@ -51,9 +56,6 @@ class ShortConvolution(MegatronModule):
         self.weight = _head_parameter(
             (divide(channels, tp_group.size()), taps), config.params_dtype, initializers.short_conv
         )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return short_conv(x, self.weight, activation="silu")[0]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -98,6 +100,7 @@ class KimiDeltaAttention(MegatronModule):
         linear: widths, gates and the convolution.
         num_heads: over all ranks.
         pg_collection: process groups; `tp` is used.
+        context: how sequences are shared by ranks.
     """
 
     def __init__(
@@ -107,10 +110,12 @@ class KimiDeltaAttention(MegatronModule):
         linear: LinearAttentionConfig,
         num_heads: int,
         pg_collection: ProcessGroupCollection,
+        context: ContextParallel = ALONE,
         **_: Any,
     ):
         super().__init__(config=config)
         self.linear = linear
+        self.context = context
         self.layer_number = layer_number
         self.tp_group = tp = pg_collection.tp
         self.num_heads = divide(num_heads, tp.size())  # on this rank
@@ -155,12 +160,18 @@ class KimiDeltaAttention(MegatronModule):
         self.telemetry: torch.Tensor | None = None  # sums over calls, see `_record`
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: Any = None, **_: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,
+        packed_seq_params: Documents | None = None,
+        **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """[s, b, h] -> ([s, b, h], no bias); s is this rank's share under sequence parallelism.
+        """[s, b, h] -> ([s, b, h], no bias).
 
-        Causal by construction; `attention_mask` and the other arguments of megatron-core's
-        attention interface are not used.
+        s is this rank's share under sequence and context parallelism. Causal by construction; state
+        and convolution begin afresh with each of the documents of `packed_seq_params` where that
+        is given. `attention_mask` and the other arguments of megatron-core's attention interface
+        are not used.
         """
         projections = [self.q_proj, self.k_proj, self.v_proj, self.b_proj]
         if self.linear.mixer == "gdn":
@@ -176,10 +187,14 @@ class KimiDeltaAttention(MegatronModule):
 
         # [S, b, ...] -> [b, S, ...], the kernels' layout
         q, k, v, beta, decay = (t.transpose(0, 1) for t in (q, k, v, beta, decay))
+        documents = packed_seq_params
+        if documents is None:
+            documents = Documents.whole_rows(len(q), q.shape[1] * self.context.layout.ranks)
+        mix = partial(self._mix, documents)
         if self.recompute_core and self.training:
-            out = tensor_parallel.checkpoint(self._mix, False, q, k, v, beta, decay)
+            out = tensor_parallel.checkpoint(mix, False, q, k, v, beta, decay)
         else:
-            out = self._mix(q, k, v, beta, decay)
+            out = mix(q, k, v, beta, decay)
 
         out = out.transpose(0, 1)  # [S, b, H/TP, v]
         if gate is not None:
@@ -188,6 +203,7 @@ class KimiDeltaAttention(MegatronModule):
 
     def _mix(
         self,
+        documents: Documents,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -197,20 +213,24 @@ class KimiDeltaAttention(MegatronModule):
         """Convolution, gates and the recurrence.
 
         q, k [b, S, H*K], v [b, S, H*V], beta [b, S, H] and decay [b, S, H*K or H] before their
-        activations -> [b, S, H, V]; H is this rank's share of the heads.
+        activations -> [b, S, H, V]; H is this rank's share of the heads, S of the tokens.
         """
-        if self.linear.conv_kernel:
-            q, k, v = self.q_conv1d(q), self.k_conv1d(k), self.v_conv1d(v)
         q, k, v, decay = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v, decay))
         if self.watch and torch.is_grad_enabled():
             with torch.no_grad():
                 self._record(kda_gate(decay, self.A_log, self.dt_bias, self._lower_bound), beta)
-        out, _ = chunk_kda(
+        convolutions = []
+        if self.linear.conv_kernel:
+            convolutions = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
+        out, _ = kda_context_parallel(
             q,
             k,
             v,
             decay,
             beta,
+            context=self.context,
+            documents=documents,
+            conv_weights=[ready_weight(convolution) for convolution in convolutions],
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             lower_bound=self._lower_bound,

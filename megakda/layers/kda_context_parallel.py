@@ -43,7 +43,7 @@ def kda_context_parallel(
     *,
     context: ContextParallel,
     documents: Documents,
-    conv_weights: Sequence[torch.Tensor] | None = None,
+    conv_weights: Sequence[torch.Tensor] = (),
     A_log: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
@@ -63,7 +63,7 @@ def kda_context_parallel(
             one dtype; tokens as `context.layout` says.
         context: layout and groups.
         documents: of the whole batch, the same on every rank.
-        conv_weights: of the convolutions of q, k and v with SiLU, [H*K or H*V, taps]; None for
+        conv_weights: of the convolutions of q, k and v with SiLU, [H*K or H*V, taps]; empty for
             none.
         A_log: [H]; dt_bias: [H*K] or [H].
         initial_state: fp32 [documents, H, K, V], the same on every rank.
@@ -89,7 +89,7 @@ def kda_context_parallel(
         share = heads // neighbours
         mine = slice(context.heads_group.rank() * share, (context.heads_group.rank() + 1) * share)
         q, k, v, g, beta = _tokens_for_heads((q, k, v, g, beta), context)
-        if conv_weights is not None:
+        if conv_weights:
             conv_weights = [_of_heads(weight, heads, mine) for weight in conv_weights]
         A_log, dt_bias = (
             None if x is None else _of_heads(x, heads, mine) for x in (A_log, dt_bias)
@@ -102,16 +102,19 @@ def kda_context_parallel(
             f"q: {rows} rows of {tokens} tokens on each of {plan.layout.ranks} ranks, but the "
             f"documents are of {documents.rows} rows of {documents.tokens} tokens"
         )
-    q, k, v, g, beta = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta))
-    if conv_weights is not None:
-        q, k, v = _convolved((q, k, v), conv_weights, plan, context.state_group, backend)
+    cu_seqlens = None
+    if plan.layout.ranks > 1 or not documents.are_rows:
+        q, k, v, g, beta = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta))
+        cu_seqlens = plan.cu_seqlens
+    if conv_weights:
+        q, k, v = _convolved((q, k, v), conv_weights, cu_seqlens, plan, context, backend)
 
     common: dict[str, Any] = dict(
         A_log=A_log,
         dt_bias=dt_bias,
         initial_state=_of_pieces(initial_state, plan, mine),
         output_final_state=output_final_state,
-        cu_seqlens=plan.cu_seqlens,
+        cu_seqlens=cu_seqlens,
         chunk_size=chunk_size,
         backend=backend,
         **settings,
@@ -121,7 +124,8 @@ def kda_context_parallel(
         o, states = linked_kda(q, k, v, g, beta, links=links, **common)
     else:
         o, states = chunk_kda(q, k, v, g, beta, **common)
-    o = o.squeeze(0).unflatten(0, (rows, tokens))
+    if cu_seqlens is not None:
+        o = o.squeeze(0).unflatten(0, (rows, tokens))
     final_state = None
     if output_final_state:
         assert states is not None
@@ -321,22 +325,21 @@ class _SumOverRanks(torch.autograd.Function):
 def _convolved(
     tensors: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
+    cu_seqlens: torch.Tensor | None,
     plan: ContextPlan,
-    group: Group | None,
+    context: ContextParallel,
     backend: str | None,
 ) -> list[torch.Tensor]:
-    """Short convolution and SiLU of [1, B*S, H, D] each, across segments."""
+    """Short convolution and SiLU of q, k and v, across segments."""
     flat = [x.flatten(2) for x in tensors]
     halos: Sequence[torch.Tensor | None] = [None] * len(flat)
-    width = weights[0].shape[1] - 1
-    if plan.linked and group is not None:
-        halos = halo(flat, width, plan, group)
-    return [
-        short_conv(x, weight, initial_state=state, cu_seqlens=plan.cu_seqlens, backend=backend)[
-            0
-        ].unflatten(-1, old.shape[2:])
-        for x, weight, state, old in zip(flat, weights, halos, tensors, strict=True)
-    ]
+    if plan.linked and context.state_group is not None:
+        halos = halo(flat, weights[0].shape[1] - 1, plan, context.state_group)
+    convolved = []
+    for x, weight, state, old in zip(flat, weights, halos, tensors, strict=True):
+        y, _ = short_conv(x, weight, initial_state=state, cu_seqlens=cu_seqlens, backend=backend)
+        convolved.append(y.unflatten(-1, old.shape[2:]))
+    return convolved
 
 
 def halo(

@@ -104,7 +104,7 @@ def project_together(
     first = linears[0]
     joint = linear_with_grad_accumulation_and_async_allreduce(
         x,
-        torch.cat([linear.weight for linear in linears]),
+        torch.cat([ready_weight(linear) for linear in linears]),
         bias=None,
         gradient_accumulation_fusion=False,
         allreduce_dgrad=first.allreduce_dgrad,
@@ -112,6 +112,17 @@ def project_together(
         tp_group=first.tp_group,
     )
     return joint.split([linear.output_size_per_partition for linear in linears], dim=-1)
+
+
+def ready_weight(module: torch.nn.Module) -> torch.Tensor:
+    """`module.weight`, for use outside the module's own forward.
+
+    Overlapped parameter gathering waits for a weight in a pre-hook of the module that holds it, so
+    the pre-hooks are run first.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+    return module.weight  # type: ignore[return-value]
 
 
 def enter_tensor_parallel(

@@ -7,6 +7,7 @@ unrotated.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +19,21 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megakda.config.schema import MLAConfig
+from megakda.layers.context_layout import Documents
+from megakda.layers.context_parallel import ALONE, ContextParallel
 from megakda.layers.linear import (
     ReplicatedLinear,
     column_parallel,
     enter_tensor_parallel,
+    ready_weight,
     row_parallel,
 )
+from megakda.layers.mla_context_parallel import LatentHeads, latent_attention
 from megakda.layers.norm import RMSNorm
 
 
 class MultiLatentAttention(MegatronModule):
-    """Causal MLA over a whole sequence on stock megatron-core parallel linears.
+    """Causal MLA on stock megatron-core parallel linears.
 
     Parameters (hidden h, heads H split over TP, latent r, widths n(ope), p (shared), v):
     q_proj [H(n+p), h] and kv_b_proj [H(n+v), r] column-parallel, kv_a_proj_with_mqa [r+p, h] and
@@ -40,6 +45,8 @@ class MultiLatentAttention(MegatronModule):
         mla: widths and the rotary option.
         num_heads: H, over all ranks.
         pg_collection: process groups; `tp` is used.
+        context: how sequences are shared by ranks.
+        attention_backend: of packed and shared sequences, see `megakda.kernels.tile_attention`.
     """
 
     def __init__(
@@ -49,10 +56,13 @@ class MultiLatentAttention(MegatronModule):
         mla: MLAConfig,
         num_heads: int,
         pg_collection: ProcessGroupCollection,
+        context: ContextParallel = ALONE,
+        attention_backend: str | None = None,
         **_: Any,
     ):
         super().__init__(config=config)
         self.mla = mla
+        self.context, self.attention_backend = context, attention_backend
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
         self.scale = (mla.qk_nope_head_dim + mla.qk_shared_head_dim) ** -0.5
@@ -86,51 +96,97 @@ class MultiLatentAttention(MegatronModule):
         )
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: Any = None, **_: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,
+        packed_seq_params: Documents | None = None,
+        **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """[s, b, h] -> ([s, b, h], no bias); s is this rank's share under sequence parallelism.
+        """[s, b, h] -> ([s, b, h], no bias).
 
-        The mask is causal by construction; `attention_mask` and the other arguments of
-        megatron-core's attention interface are not used.
+        s is this rank's share under sequence and context parallelism. The mask is causal by
+        construction, within the documents of `packed_seq_params` where that is given;
+        `attention_mask` and the other arguments of megatron-core's attention interface are not
+        used.
         """
-        q, k, v = self._queries_keys_values(hidden_states)
-        if self.recompute_core and self.training:
-            out = tensor_parallel.checkpoint(self._attend, False, q, k, v)
-        else:
-            out = self._attend(q, k, v)
-        return self.o_proj(out)
-
-    def _queries_keys_values(
-        self, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k [S, b, H/TP, n+p] and v [S, b, H/TP, v] over the whole sequence S."""
         mla = self.mla
         latent, k_shared = self.kv_a_proj_with_mqa(hidden_states).split(
             [mla.kv_lora_rank, mla.qk_shared_head_dim], dim=-1
         )
+        latent = torch.cat([self.kv_a_layernorm(latent), k_shared], dim=-1)
+        # All heads of all ranks read the latent, so its gradient is a sum over the group.
+        latent = enter_tensor_parallel(latent, self.config.sequence_parallel, self.tp_group)
         q, _ = self.q_proj(hidden_states)
-        kv, _ = self.kv_b_proj(self.kv_a_layernorm(latent))
-        # All heads of all ranks read the shared key, so its gradient is a sum over the group.
-        k_shared = enter_tensor_parallel(
-            k_shared, self.config.sequence_parallel, self.tp_group
-        ).unsqueeze(2)
-
         q = q.unflatten(-1, (-1, mla.qk_nope_head_dim + mla.qk_shared_head_dim))
+        documents = packed_seq_params
+        if documents is None and self.context.group is not None:
+            rows, tokens = q.shape[1], q.shape[0] * self.context.layout.ranks
+            documents = Documents.whole_rows(rows, tokens)
+        if self.rotary is not None:
+            q, latent = self._rotated(q, latent, documents)
+
+        attend = self._attend if documents is None else partial(self._attend_documents, documents)
+        weight = ready_weight(self.kv_b_proj)
+        if self.recompute_core and self.training:
+            out = tensor_parallel.checkpoint(attend, False, q, latent, weight)
+        else:
+            out = attend(q, latent, weight)
+        return self.o_proj(out)
+
+    def _rotated(
+        self, q: torch.Tensor, latent: torch.Tensor, documents: Documents | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary positions, counted from each document's start; shapes as they are."""
+        assert self.rotary is not None
+        mla, (tokens, rows) = self.mla, q.shape[:2]
+        latent, k_shared = latent.split([mla.kv_lora_rank, mla.qk_shared_head_dim], dim=-1)
+        q_nope, q_shared = q.split([mla.qk_nope_head_dim, mla.qk_shared_head_dim], dim=-1)
+        if documents is None:
+            angles = self.rotary(tokens, packed_seq=True)  # [S, 1, 1, p]
+        else:  # of this rank's tokens, counted from each document's start
+            angles = self.rotary(documents.tokens, packed_seq=True)
+            angles = angles[self.context.plan(documents).positions.to(q.device)]
+            angles = angles.view(rows, tokens, 1, -1).transpose(0, 1)
+        q_shared = apply_rotary_pos_emb(q_shared, angles, self.config)
+        k_shared = apply_rotary_pos_emb(k_shared.unsqueeze(2), angles, self.config)
+        return (
+            torch.cat([q_nope, q_shared], dim=-1),
+            torch.cat([latent, k_shared.squeeze(2)], dim=-1),
+        )
+
+    def _attend(self, q: torch.Tensor, latent: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Causal attention over whole rows on this rank.
+
+        q [S, b, H, n+p], latent [S, b, r+p], weight [H(n+v), r] -> [S, b, H * v].
+        """
+        mla = self.mla
+        latent, k_shared = latent.split([mla.kv_lora_rank, mla.qk_shared_head_dim], dim=-1)
+        kv = torch.nn.functional.linear(latent, weight)
         k_nope, v = kv.unflatten(-1, (-1, mla.qk_nope_head_dim + mla.v_head_dim)).split(
             [mla.qk_nope_head_dim, mla.v_head_dim], dim=-1
         )
-        if self.rotary is not None:
-            angles = self.rotary(q.shape[0])
-            q_nope, q_shared = q.split([mla.qk_nope_head_dim, mla.qk_shared_head_dim], dim=-1)
-            q = torch.cat([q_nope, apply_rotary_pos_emb(q_shared, angles, self.config)], dim=-1)
-            k_shared = apply_rotary_pos_emb(k_shared, angles, self.config)
-        k = torch.cat([k_nope, k_shared.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
-        return q, k, v
-
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Causal softmax attention; [S, b, H, d] each -> [S, b, H * v]."""
+        k = torch.cat([k_nope, k_shared.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scale
         )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_documents(
+        self, documents: Documents, q: torch.Tensor, latent: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """The same within documents, over the whole context-parallel group."""
+        mla, (tokens, rows) = self.mla, q.shape[:2]
+        heads = LatentHeads(
+            rank=mla.kv_lora_rank,
+            key=mla.qk_nope_head_dim,
+            shared=mla.qk_shared_head_dim,
+            value=mla.v_head_dim,
+            scale=self.scale,
+            backend=self.attention_backend,
+        )
+        q, latent = (x.transpose(0, 1).flatten(0, 1) for x in (q, latent))
+        out = latent_attention(
+            q, latent, weight, heads=heads, context=self.context, documents=documents
+        )
+        return out.unflatten(0, (rows, tokens)).transpose(0, 1).flatten(2)

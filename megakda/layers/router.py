@@ -25,7 +25,8 @@ class SigmoidRouter(TopKRouter):
 
         Args:
             logits: [..., experts] in the router's dtype.
-            padding_mask: [...], true for padding, which does not count as load.
+            padding_mask: [...], true for padding, which goes to no expert and does not count as
+                load.
 
         Returns:
             (weights [tokens, experts] fp32, zero where not chosen; choices, the same shape, bool).
@@ -39,6 +40,8 @@ class SigmoidRouter(TopKRouter):
         routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
         probs = torch.zeros_like(scores).scatter(-1, chosen, weights)
         if padding_mask is not None:
-            padding_mask = padding_mask.reshape(-1, 1)
-        self._apply_expert_bias(routing_map, padding_mask=padding_mask)
+            padding = padding_mask.reshape(-1, 1)
+            routing_map = routing_map.masked_fill(padding, False)
+            probs = probs.masked_fill(padding, 0)
+        self._apply_expert_bias(routing_map)
         return probs.float(), routing_map

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megakda.config.schema import ModelConfig
+from megakda.layers.context_parallel import ALONE, ContextParallel
 from megakda.layers.experts import StackedExperts
 from megakda.layers.kda import KimiDeltaAttention
 from megakda.layers.mla import MultiLatentAttention
@@ -25,7 +26,11 @@ from megakda.layers.router import SigmoidRouter
 
 
 def block_spec(
-    model: ModelConfig, kinds: Sequence[str], first_layer: int
+    model: ModelConfig,
+    kinds: Sequence[str],
+    first_layer: int,
+    context: ContextParallel = ALONE,
+    attention_backend: str | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline chunk.
 
@@ -33,21 +38,30 @@ def block_spec(
         model: widths of every module.
         kinds: "linear" or "full" for each layer of the chunk.
         first_layer: 0-based number of the chunk's first layer in the whole model.
+        context: how sequences are shared by ranks, the same for all layers.
+        attention_backend: of packed and shared sequences, see `megakda.kernels.tile_attention`.
     """
-    layers = [layer_spec(model, kind, first_layer + i) for i, kind in enumerate(kinds)]
+    layers = [
+        layer_spec(model, kind, first_layer + i, context, attention_backend)
+        for i, kind in enumerate(kinds)
+    ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def layer_spec(model: ModelConfig, kind: str, layer: int) -> ModuleSpec:
+def layer_spec(
+    model: ModelConfig,
+    kind: str,
+    layer: int,
+    context: ContextParallel = ALONE,
+    attention_backend: str | None = None,
+) -> ModuleSpec:
     """Pre-norm token mixer of `kind`, then pre-norm feed-forward; `layer` is 0-based."""
+    common = {"num_heads": model.num_heads, "context": context}
     if kind == "linear":
-        mixer = ModuleSpec(
-            KimiDeltaAttention, params={"linear": model.linear, "num_heads": model.num_heads}
-        )
+        mixer = ModuleSpec(KimiDeltaAttention, params={"linear": model.linear, **common})
     else:
-        mixer = ModuleSpec(
-            MultiLatentAttention, params={"mla": model.mla, "num_heads": model.num_heads}
-        )
+        common["attention_backend"] = attention_backend
+        mixer = ModuleSpec(MultiLatentAttention, params={"mla": model.mla, **common})
     is_moe = model.ffn == "moe" and layer >= model.moe.first_dense_layers
     return ModuleSpec(
         TransformerLayer,

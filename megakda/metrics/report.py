@@ -60,9 +60,18 @@ class Reporter:
             self.writers.close()
 
     def start(
-        self, resumed: Path | None, steps_done: int, tokens_seen: int, data_reordered: bool
+        self,
+        resumed: Path | None,
+        steps_done: int,
+        tokens_seen: int,
+        data_reordered: bool,
+        packing: str | None = None,
     ) -> None:
-        """What will run, and how the derived numbers came about."""
+        """What will run, and how the derived numbers came about.
+
+        Args:
+            packing: how full the rows of packed documents are.
+        """
         model = self.config.model
         count = count_parameters(model)
         self._note(f"megakda: {model.name}, {self.config.precision}, into {self.out}")
@@ -77,6 +86,8 @@ class Reporter:
             f"{format_count(self.flops.forward)} forward at context {self.flops.context:,}; MFU "
             + (f"against {self.peak / 1e12:,.0f} TFLOP/s" if self.peak else "not known here")
         )
+        if packing:
+            self._note(f"  data.packing={self.config.data.packing}: {packing}")
         if resumed:
             self._note(f"  resumed from {resumed} after step {steps_done}, {tokens_seen:,} tokens")
         if data_reordered:

@@ -14,6 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megakda.config.layout import chunk_layers, chunk_layers_of_rank
 from megakda.config.pattern import layer_kinds
 from megakda.config.schema import ModelConfig, ParallelConfig
+from megakda.layers.context_layout import ContextLayout
+from megakda.layers.context_parallel import ALONE, ContextParallel
 from megakda.layers.specs import block_spec
 from megakda.models.sharding import ModelChunk
 
@@ -99,13 +101,19 @@ def transformer_config(
 
 
 def build_chunks(
-    model: ModelConfig, parallel: ParallelConfig, precision: str, context: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: str,
+    context: int,
+    attention_backend: str | None = None,
 ) -> list[GPTModel]:
     """This rank's pipeline chunks, one per virtual stage, with uninitialised weights.
 
     Args:
         context: tokens per sequence.
+        attention_backend: `runtime.attention`.
     """
+    sharing = context_parallel(parallel)
     config = transformer_config(model, parallel, precision)
     kinds = layer_kinds(model.pattern, model.num_layers, model.last_layer_full)
     interleaved = parallel.virtual_pipeline > 1
@@ -118,7 +126,7 @@ def build_chunks(
         where = dict(ignore_virtual=not interleaved, vp_stage=vp_stage)
         chunk = GPTModel(
             config,
-            block_spec(model, kinds[first:last], first),
+            block_spec(model, kinds[first:last], first, sharing, attention_backend),
             vocab_size=model.vocab_size,
             max_sequence_length=context,
             pre_process=parallel_state.is_pipeline_first_stage(**where),
@@ -132,6 +140,24 @@ def build_chunks(
             router.weight.data = router.weight.data.float()
         chunks.append(chunk)
     return chunks
+
+
+def context_parallel(parallel: ParallelConfig) -> ContextParallel:
+    """How this rank shares sequences with others, over megatron-core's groups."""
+    if parallel.context == 1:
+        return ALONE
+    group = parallel_state.get_context_parallel_group()
+    if parallel.context_mode == "two_level":
+        heads, state = parallel_state.get_hierarchical_context_parallel_groups()
+    else:
+        heads, state = (None, group) if parallel.context_mode == "state" else (group, None)
+    return ContextParallel(
+        ContextLayout(parallel.context_layout, parallel.context),
+        group,
+        heads_group=heads if heads and heads.size() > 1 else None,
+        state_group=state if state and state.size() > 1 else None,
+        attention=parallel.context_attention,
+    )
 
 
 def routers(chunk: ModelChunk) -> list[TopKRouter]:

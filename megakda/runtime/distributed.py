@@ -65,6 +65,11 @@ def model_parallel_groups(parallel: ParallelConfig, gloo: bool = True) -> Iterat
                 parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
             ),
             context_parallel_size=parallel.context,
+            hierarchical_context_parallel_sizes=(
+                [parallel.context_heads, parallel.context // parallel.context_heads]
+                if parallel.context_heads
+                else None
+            ),
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
             create_gloo_process_groups=gloo,

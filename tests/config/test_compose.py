@@ -158,7 +158,53 @@ RULES = {
         2,
         ["train.context=33", "parallel.sequence=false"],
     ),
-    "context parallelism": (["parallel.context=2"], 2, ["parallel.context=2"]),
+    "context by segments": (
+        ["parallel.context=2", "train.context=34"],
+        2,
+        ["train.context=34", "multiple of 4", "parallel.context_layout=zigzag", "contiguous"],
+    ),
+    "share of the context by TP with SP": (
+        ["parallel.tensor=2", "parallel.context=2", "train.context=66"]
+        + ["parallel.context_layout=contiguous"],
+        4,
+        ["train.context=66 / parallel.context=2 = 33", "parallel.tensor=2", "train.context=6"],
+    ),
+    "heads by CP": (
+        ["parallel.context=3", "parallel.context_mode=heads", "train.context=48"],
+        3,
+        ["model.num_heads=4", "parallel.context=3", "parallel.context_mode=state"],
+    ),
+    "two levels without a size": (
+        ["parallel.context=4", "parallel.context_mode=two_level", "train.context=64"],
+        4,
+        ["parallel.context_heads=None", "parallel.context=4", "in one node"],
+    ),
+    "two levels that do not divide": (
+        [
+            "parallel.context=4",
+            "parallel.context_mode=two_level",
+            "parallel.context_heads=3",
+            "train.context=64",
+        ],
+        4,
+        ["parallel.context_heads=3", "parallel.context=4"],
+    ),
+    "a size of heads groups without two levels": (
+        ["parallel.context=2", "parallel.context_heads=2", "train.context=64"],
+        2,
+        ["parallel.context_heads=2", "parallel.context_mode=state", "null"],
+    ),
+    "unknown layout": (["parallel.context_layout=zig"], 1, ["parallel.context_layout=zig"]),
+    "best fit that carries over": (
+        ["data.packing=best_fit", "data.overlong=carry"],
+        1,
+        ["data.overlong=carry", "data.packing=best_fit", "data.overlong=split"],
+    ),
+    "documents of one token": (
+        ["data.packing=documents", "train.context=1"],
+        1,
+        ["train.context=1", "data.packing=documents"],
+    ),
     "unquoted pattern": (["model.pattern=181"], 1, ["model.pattern", "181", "quote"]),
     "pattern length": (["model.pattern=[full,full]"], 1, ["model.pattern", "4"]),
     "choice": (["model.linear.output_gate=relu"], 1, ["model.linear.output_gate=relu", "swish"]),

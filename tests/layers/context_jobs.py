@@ -36,10 +36,11 @@ def world(timeout: timedelta = TIMEOUT) -> Iterator[None]:
 def make_context(mode: str, kind: str, heads_ranks: int | None = None, **settings: Any) -> Any:
     """A `ContextParallel` over the whole world."""
     from megakda.layers.context_layout import ContextLayout
-    from megakda.layers.context_parallel import ContextParallel, layout_of
+    from megakda.layers.context_parallel import ContextParallel
 
     ranks = torch.distributed.get_world_size()
-    inner, outer = layout_of(mode, ranks, heads_ranks)
+    inner = {"state": 1, "heads": ranks}.get(mode, heads_ranks)
+    outer = ranks // inner
     rank = torch.distributed.get_rank()
     heads_group = state_group = None
     for start in range(0, ranks, inner):
@@ -170,7 +171,7 @@ def kda_operator(documents: Any, context: Any, states: bool, backend: str | None
             **own,
             context=context,
             documents=documents,
-            conv_weights=weights or None,
+            conv_weights=weights,
             A_log=same["A_log"],
             dt_bias=same["dt_bias"],
             initial_state=same.get("initial_state"),
