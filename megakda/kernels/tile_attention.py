@@ -351,7 +351,7 @@ def _backward_gpu(batch: _Batch, x: _Rows, scale: float) -> _Gradients:
 
 
 def _aligned(x: torch.Tensor) -> int:
-    """Channels that every kernel for GPUs can load; wider heads than x have are zeros."""
+    """The channels of x, rounded up to what every kernel for GPUs can load."""
     return math.ceil(x.shape[-1] / 8) * 8
 
 
