@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from megakda.config import Config, compose, recipes_dir, validate
 from megakda.config.compose import from_tree
 from megakda.errors import ConfigError, MegakdaError
-from megakda.runtime.distributed import process_groups, rank, world_size
+from megakda.runtime.distributed import named_failures, process_groups, rank, world_size
 
 
 def run(config: Config) -> None:
@@ -46,7 +46,8 @@ def run(config: Config) -> None:
         corpus = prepare_data(config, scan=False)
         trainer = Trainer(config, derived, corpus.tokenizer, build_datasets(config, corpus))
         stack.callback(trainer.close)
-        trainer.fit()
+        with named_failures():
+            trainer.fit()
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch
 
 from megakda.errors import CommunicationError
 from megakda.layers.context_layout import ContextLayout, ContextPlan, Documents, plan_context
+from megakda.runtime.distributed import DEAD_OR_STUCK, first_line
 
 Group = torch.distributed.ProcessGroup
 
@@ -66,12 +67,9 @@ def exchange(what: str, group: Group) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if isinstance(error, (CommunicationError, torch.OutOfMemoryError)):
+            raise
         raise CommunicationError(
             f"{what} among the {group.size()} ranks of parallel.context failed on rank "
-            f"{torch.distributed.get_rank()}: {_first_line(error)}; another rank has died or does "
-            "not answer: its own output says why (runtime.timeout_minutes sets how long to wait)"
+            f"{torch.distributed.get_rank()}: {first_line(error)}; {DEAD_OR_STUCK}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

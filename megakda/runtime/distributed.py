@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 
 from megakda.config.schema import ParallelConfig, RuntimeConfig
+from megakda.errors import CommunicationError
 
 
 def world_size() -> int:
@@ -41,7 +42,7 @@ def process_groups(
         timeout=timedelta(minutes=runtime.timeout_minutes),
     )
     try:
-        with model_parallel_groups(parallel):
+        with model_parallel_groups(parallel, runtime.timeout_minutes):
             yield
     finally:
         torch.distributed.destroy_process_group()
@@ -49,10 +50,13 @@ def process_groups(
 
 
 @contextlib.contextmanager
-def model_parallel_groups(parallel: ParallelConfig, gloo: bool = True) -> Iterator[None]:
+def model_parallel_groups(
+    parallel: ParallelConfig, timeout_minutes: float = 30.0, gloo: bool = True
+) -> Iterator[None]:
     """megatron-core's process groups inside torch's, for as long as the context lasts.
 
     Args:
+        timeout_minutes: of their collectives; they do not inherit that of the world.
         gloo: also make CPU groups beside the main ones.
     """
     from megatron.core import parallel_state, tensor_parallel
@@ -72,12 +76,44 @@ def model_parallel_groups(parallel: ParallelConfig, gloo: bool = True) -> Iterat
             ),
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
+            distributed_timeout_minutes=timeout_minutes,
             create_gloo_process_groups=gloo,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1)  # creates the generators' tracker
         yield
     finally:
         parallel_state.destroy_model_parallel()
+
+
+DEAD_OR_STUCK = (
+    "another rank has died or does not answer: its own output says why "
+    "(runtime.timeout_minutes sets how long to wait)"
+)
+_GLOO_FAILURES = ("gloo/transport", "pair closure", "Connection closed by peer", "Connection reset")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the stack that backends append."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def named_failures() -> Iterator[None]:
+    """Turns what a backend raises when a peer is gone into one typed error.
+
+    Raises:
+        CommunicationError: in the place of torch's DistError, or gloo's bare RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_gloo = type(error) is RuntimeError and any(x in str(error) for x in _GLOO_FAILURES)
+        if not is_gloo and not isinstance(error, torch.distributed.DistError):
+            raise
+        raise CommunicationError(
+            f"communication failed on rank {rank()}: {first_line(error)}; {DEAD_OR_STUCK}"
+        ) from error
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -33,7 +33,13 @@ def world(timeout: timedelta = TIMEOUT) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def make_context(mode: str, kind: str, heads_ranks: int | None = None, **settings: Any) -> Any:
+def make_context(
+    mode: str,
+    kind: str,
+    heads_ranks: int | None = None,
+    timeout: timedelta = TIMEOUT,
+    **settings: Any,
+) -> Any:
     """A `ContextParallel` over the whole world."""
     from megakda.layers.context_layout import ContextLayout
     from megakda.layers.context_parallel import ContextParallel
@@ -44,11 +50,11 @@ def make_context(mode: str, kind: str, heads_ranks: int | None = None, **setting
     rank = torch.distributed.get_rank()
     heads_group = state_group = None
     for start in range(0, ranks, inner):
-        group = torch.distributed.new_group(list(range(start, start + inner)))
+        group = torch.distributed.new_group(list(range(start, start + inner)), timeout)
         if rank // inner == start // inner and inner > 1:
             heads_group = group
     for start in range(inner):
-        group = torch.distributed.new_group(list(range(start, ranks, inner)))
+        group = torch.distributed.new_group(list(range(start, ranks, inner)), timeout)
         if rank % inner == start and outer > 1:
             state_group = group
     return ContextParallel(
@@ -65,8 +71,9 @@ def run_shared(
     shared: Tensors,
     replicated: Tensors,
     context: Any,
+    gather: bool = True,
 ) -> Tensors:
-    """Runs an operator on this rank's tokens; on rank 0 whole outputs and gradients.
+    """Runs an operator on this rank's tokens; with `gather`, whole outputs and gradients.
 
     Args:
         operator: (own tokens of `shared`, `replicated`) -> (output over tokens, replicated output
@@ -83,6 +90,8 @@ def run_shared(
     if whole is not None:  # its loss counts once, but on a rank that need not have made it
         loss = loss + (whole * _weights(whole)).sum() * (rank == layout.ranks - 1)
     loss.backward()
+    if not gather:
+        return {}
     found = {"o": _gathered(o.detach(), layout)}
     found |= {f"d{name}": _gathered(_grad(x), layout) for name, x in own.items()}
     for name, x in same.items():
@@ -206,3 +215,58 @@ def kda_shared(
         )
         found = run_shared(kda_operator(documents, context, states), *tensors, context)
         return found if context.rank == 0 else None
+
+
+# ------------------------------------------------------------------ MLA
+
+MLA_SIZES = dict(rank=20, key=16, shared=8, value=12)
+
+
+def mla_inputs(rows: int, heads: int, tokens: int = TOKENS) -> tuple[Tensors, Tensors]:
+    generator = torch.Generator().manual_seed(rows + heads)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    r, n, p, v = MLA_SIZES.values()
+    shared = {
+        "q": randn(rows, tokens, heads, n + p),
+        "latent": randn(rows, tokens, r + p),
+    }
+    return shared, {"weight": randn(heads * (n + v), r) * r**-0.5}
+
+
+def mla_operator(documents: Any, context: Any) -> Any:
+    from megakda.layers.mla_context_parallel import LatentHeads, latent_attention
+
+    sizes = LatentHeads(**MLA_SIZES, scale=0.3)
+
+    def run(own: Tensors, same: Tensors) -> Any:
+        q, latent = (own[name].flatten(0, 1) for name in ("q", "latent"))
+        o = latent_attention(
+            q, latent, same["weight"], heads=sizes, context=context, documents=documents
+        )
+        return o.unflatten(0, own["q"].shape[:2]), None
+
+    return run
+
+
+def mla_shared(attention: str, kind: str, bounds: Sequence[int], heads: int) -> Tensors | None:
+    from megakda.layers.context_layout import Documents
+
+    documents = Documents(bounds[-1] // TOKENS, TOKENS, tuple(bounds))
+    with world():
+        context = make_context("state", kind, attention=attention)
+        tensors = mla_inputs(documents.rows, heads)
+        found = run_shared(mla_operator(documents, context), *tensors, context)
+        return found if context.rank == 0 else None
+
+
+def any_operator(context: Any, is_mla: bool) -> tuple[Any, Tensors, Tensors]:
+    """An operator over one document, and its inputs."""
+    from megakda.layers.context_layout import Documents
+
+    documents = Documents.whole_rows(1, TOKENS)
+    if is_mla:
+        return mla_operator(documents, context), *mla_inputs(1, 3)
+    return kda_operator(documents, context, states=False), *kda_inputs(1, 0, 3)
