@@ -77,11 +77,11 @@ def train_documents(
     with jobs.trainer(settings, corpus) as run:
         gradients: dict[str, torch.Tensor] = {}
         jobs._capture_first_gradients(run, gradients)
-        whole = run.config.parallel.pipeline == 1  # else its two ends are on different ranks
-        seen = _watch_decoder(run) if whole else {}
+        both_ends = run.config.parallel.pipeline == 1  # else its two ends are on different ranks
+        seen = _watch_decoder(run) if both_ends else {}
         source = [batches(bounds, rows) for _ in run.chunks]
         results = [run.step(source) for _ in range(steps)]
-        ends = {name: _whole(x[0], run.config.parallel) for name, x in seen.items()}
+        ends = {name: whole(x[0], run.config.parallel) for name, x in seen.items()}
     return {
         "loss": [result.loss for result in results],
         "grad_norm": [result.grad_norm for result in results],
@@ -107,7 +107,7 @@ def _watch_decoder(run: Any) -> dict[str, list[torch.Tensor]]:
     return seen
 
 
-def _whole(x: torch.Tensor, parallel: Any) -> torch.Tensor | None:
+def whole(x: torch.Tensor, parallel: Any) -> torch.Tensor | None:
     """[s, b, h] of every rank -> [b, T, h] on rank 0; data-parallel ranks are not expected."""
     from megatron.core import parallel_state
 
