@@ -13,11 +13,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 SOURCES := megakda tools tests setup.py
 
-.PHONY: help quickstart test test-peers lint format kernel-report docs-figures clean
+.PHONY: help quickstart test test-parity test-peers lint format kernel-report docs-figures clean
 
 help:
 	@echo "make quickstart    environment, a small model trained on 2 CPU ranks, a sample, a plot"
 	@echo "make test          the test suite (2 cores, no GPU)"
+	@echo "make test-parity   context parallelism in all combinations of its choices (hours)"
 	@echo "make test-peers    FLA=checkout: flash-linear-attention's tests of KDA on our operators"
 	@echo "make lint          ruff and mypy"
 	@echo "make format        ruff's formatter and import order"
@@ -42,6 +43,9 @@ quickstart: $(VENV)/.base
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q
+
+test-parity: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q -m "parity or not parity" tests/parallel/test_context_parity.py
 
 # fla-core lies apart from the environment, where transformers would find it and use it.
 $(VENV)/peers: $(VENV)/.dev

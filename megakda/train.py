@@ -40,6 +40,8 @@ def run(config: Config) -> None:
     with contextlib.ExitStack() as stack:
         if rank() == 0:
             checkpoints.resolve(config.train.resume, checkpoint_root(config))
+            if config.train.weights is not None:
+                checkpoints.find(config.train.weights, "train.weights")
             prepare_data(config)
             stack.enter_context(claim_folder(Path(config.train.out)))
         stack.enter_context(process_groups(config.parallel, config.runtime, device))

@@ -193,14 +193,10 @@ class Trainer:
         """Loads what `train.resume` asks for; returns the checkpoint, or None for a fresh start."""
         path = checkpoints.resolve(self.config.train.resume, self.checkpoints.root)
         if path is None:
+            if self.config.train.weights is not None:
+                self._begin_with(checkpoints.find(self.config.train.weights, "train.weights"))
             return None
-        saved_with = checkpoints.read_manifest(path)["tokenizer"]
-        if saved_with["fingerprint"] != self.tokenizer.fingerprint:
-            raise CheckpointError(
-                f"{path} was trained with the tokenizer {saved_with['spec']}, and data.tokenizer="
-                f"{self.tokenizer.spec} gives other ids: set data.tokenizer back, or start a new "
-                "run in another train.out"
-            )
+        self._check_tokenizer(path)
         state = checkpoints.load(
             path, self.chunks, self.optimizer, dataclasses.asdict(self.config.model)
         )
@@ -211,6 +207,21 @@ class Trainer:
         probe = order_probe(self.datasets.train, self.sequences_consumed)
         self.data_reordered = probe != state["data_order"]
         return path
+
+    def _begin_with(self, path: Path) -> None:
+        """Loads the weights and expert biases of a checkpoint, and nothing else of it."""
+        self._check_tokenizer(path)
+        checkpoints.load(path, self.chunks, None, dataclasses.asdict(self.config.model))
+        self.optimizer.reload_model_params()  # the optimizer's fp32 copies
+
+    def _check_tokenizer(self, path: Path) -> None:
+        saved_with = checkpoints.read_manifest(path)["tokenizer"]
+        if saved_with["fingerprint"] != self.tokenizer.fingerprint:
+            raise CheckpointError(
+                f"{path} was trained with the tokenizer {saved_with['spec']}, and data.tokenizer="
+                f"{self.tokenizer.spec} gives other ids: set data.tokenizer back, or start a new "
+                "run in another train.out"
+            )
 
     def close(self) -> None:
         """Frees the model and, with it, its process groups' threads.

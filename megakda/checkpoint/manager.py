@@ -183,7 +183,20 @@ def resolve(resume: str, root: Path) -> Path | None:
                 "set another train.out, or train.resume=auto to continue"
             )
         return None
-    path = Path(resume)
+    return find(resume, "train.resume")
+
+
+def find(where: str, setting: str) -> Path:
+    """The checkpoint in `where`: itself, or the newest of a run. Not collective.
+
+    Args:
+        where: a checkpoint, checkpoints or run folder.
+        setting: the setting that names it.
+
+    Raises:
+        CheckpointError: it holds no complete checkpoint.
+    """
+    path = Path(where)
     for folder in (path, path / "checkpoints"):
         if (folder / MANIFEST).is_file():
             return folder
@@ -191,8 +204,8 @@ def resolve(resume: str, root: Path) -> Path | None:
         if found:
             return found
     raise CheckpointError(
-        f"train.resume={resume}: not a complete checkpoint (no {MANIFEST}) and no run with one; "
-        "name a checkpoints/step_* folder, or use train.resume=auto"
+        f"{setting}={where}: not a complete checkpoint (no {MANIFEST}) and no run with one; name a "
+        "run's folder or a checkpoints/step_* folder in it"
     )
 
 

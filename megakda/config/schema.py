@@ -112,6 +112,7 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     recompute: str = _choice("none", "full", "selective")
+    recompute_head_groups: int = 0  # with recompute=full: KDA's core again, heads in so many groups
     recompute_modules: list[str] = field(
         default_factory=lambda: ["core_attn", "layernorm", "mlp", "moe"]
     )
@@ -190,6 +191,7 @@ class TrainConfig:
     eval_every: int = 0  # steps; 0: only at the end
     eval_batches: int = 4  # global batches per validation; 0: no validation
     resume: str = "auto"  # auto | none | a checkpoint folder
+    weights: str | None = None  # run or checkpoint whose weights to begin with; null: random ones
     guard: GuardConfig = field(default_factory=GuardConfig)
 
 

@@ -249,17 +249,24 @@ def _check_context(config: Config) -> None:
             "with parallel.context_mode=two_level: set it to the number of context-parallel ranks "
             "in one node, or choose parallel.context_mode=state or heads"
         )
-    exchange = {"state": 1, "heads": p.context, "two_level": p.context_heads}[p.context_mode] or 1
+    key, exchange = _heads_exchanged(config)
     heads = m.num_heads // p.tensor
     linear = "linear" in layer_kinds(m.pattern, m.num_layers, m.last_layer_full)
     if linear and heads % exchange:
-        key = "parallel.context_heads" if p.context_mode == "two_level" else "parallel.context"
         raise ConfigError(
             f"model.num_heads={m.num_heads} / parallel.tensor={p.tensor} = {heads} heads must be a "
             f"multiple of {key}={exchange} with parallel.context_mode={p.context_mode}, which "
             "shares the heads of a rank among them: use parallel.context_mode=state, which needs "
             "no division of heads"
         )
+
+
+def _heads_exchanged(config: Config) -> tuple[str, int]:
+    """Among how many ranks KDA shares the heads of one, and the setting that says so."""
+    p = config.parallel
+    if p.context_mode == "two_level":
+        return "parallel.context_heads", p.context_heads or 1
+    return "parallel.context", p.context if p.context_mode == "heads" else 1
 
 
 def _check_packing(config: Config) -> None:
@@ -328,6 +335,21 @@ def _check_parallel(config: Config) -> None:
         raise ConfigError(
             f"parallel.expert={p.expert}, parallel.expert_tensor={p.expert_tensor} with "
             "model.ffn=dense: there are no experts to split; set both to 1"
+        )
+    groups = p.recompute_head_groups
+    if groups and p.recompute != "full":
+        raise ConfigError(
+            f"parallel.recompute_head_groups={groups} with parallel.recompute={p.recompute}: only "
+            "parallel.recompute=full reads it; set it to 0 (parallel.recompute_modules=[core_attn] "
+            "recomputes the core with parallel.recompute=selective)"
+        )
+    _, exchange = _heads_exchanged(config)
+    per_rank = m.num_heads // p.tensor
+    if groups and (groups < 0 or per_rank % groups or per_rank // groups % exchange):
+        raise ConfigError(
+            f"parallel.recompute_head_groups={groups} must cut the {per_rank} heads of a rank "
+            f"(model.num_heads={m.num_heads} / parallel.tensor={p.tensor}) into equal groups"
+            + (f" of a multiple of {exchange} heads, which KDA exchanges" if exchange > 1 else "")
         )
     unknown = set(p.recompute_modules) - set(RECOMPUTE_MODULES)
     if p.recompute == "selective" and (unknown or not p.recompute_modules):

@@ -101,6 +101,8 @@ class KimiDeltaAttention(MegatronModule):
         num_heads: over all ranks.
         pg_collection: process groups; `tp` is used.
         context: how sequences are shared by ranks.
+        head_groups: for the least memory, recompute the mixer apart from the rest of its layer, and
+            its core in so many groups of heads, one after the other; 0 for neither.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class KimiDeltaAttention(MegatronModule):
         num_heads: int,
         pg_collection: ProcessGroupCollection,
         context: ContextParallel = ALONE,
+        head_groups: int = 0,
         **_: Any,
     ):
         super().__init__(config=config)
@@ -153,9 +156,11 @@ class KimiDeltaAttention(MegatronModule):
             None if linear.output_gate == "none" else linear.output_gate,
         )
         self.o_proj = row_parallel(value_dim, hidden, config, pg_collection)
-        self.recompute_core = (
-            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        selective = config.recompute_granularity == "selective"
+        self.recompute_core = head_groups > 0 or (
+            selective and "core_attn" in config.recompute_modules
         )
+        self.head_groups = head_groups
         self.watch = False  # set by the trainer on the steps whose telemetry it wants
         self.telemetry: torch.Tensor | None = None  # sums over calls, see `_record`
 
@@ -173,6 +178,16 @@ class KimiDeltaAttention(MegatronModule):
         is given. `attention_mask` and the other arguments of megatron-core's attention interface
         are not used.
         """
+        if self.head_groups and self.training:
+            mixed = tensor_parallel.checkpoint(
+                partial(self._forward, packed_seq_params), False, hidden_states
+            )
+        else:
+            mixed = self._forward(packed_seq_params, hidden_states)
+        return mixed, None
+
+    def _forward(self, documents: Documents | None, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Projections, mixing, norm and output projection; shapes as in `forward`."""
         projections = [self.q_proj, self.k_proj, self.v_proj, self.b_proj]
         if self.linear.mixer == "gdn":
             projections.append(self.a_proj)
@@ -187,38 +202,44 @@ class KimiDeltaAttention(MegatronModule):
 
         # [S, b, ...] -> [b, S, ...], the kernels' layout
         q, k, v, beta, decay = (t.transpose(0, 1) for t in (q, k, v, beta, decay))
-        documents = packed_seq_params
         if documents is None:
             documents = Documents.whole_rows(len(q), q.shape[1] * self.context.layout.ranks)
-        mix = partial(self._mix, documents)
-        if self.recompute_core and self.training:
-            out = tensor_parallel.checkpoint(mix, False, q, k, v, beta, decay)
-        else:
-            out = mix(q, k, v, beta, decay)
+        whole = [t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v, decay)] + [beta]
+        parts = []
+        share = divide(self.num_heads, max(1, self.head_groups))
+        for first in range(0, self.num_heads, share):
+            heads = slice(first, first + share)
+            mix, tensors = partial(self._mix, documents, heads), [t[:, :, heads] for t in whole]
+            if self.recompute_core and self.training:
+                parts.append(tensor_parallel.checkpoint(mix, False, *tensors))
+            else:
+                parts.append(mix(*tensors))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
         out = out.transpose(0, 1)  # [S, b, H/TP, v]
         if gate is not None:
             gate = gate.view(out.shape)
-        return self.o_proj(self.o_norm(out, gate).flatten(2))
+        return self.o_proj(self.o_norm(out, gate).flatten(2))[0]
 
     def _mix(
         self,
         documents: Documents,
+        heads: slice,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        beta: torch.Tensor,
         decay: torch.Tensor,
+        beta: torch.Tensor,
     ) -> torch.Tensor:
-        """Convolution, gates and the recurrence.
+        """Convolution, gates and the recurrence of some of this rank's heads.
 
-        q, k [b, S, H*K], v [b, S, H*V], beta [b, S, H] and decay [b, S, H*K or H] before their
-        activations -> [b, S, H, V]; H is this rank's share of the heads, S of the tokens.
+        q, k [b, S, H, K], v [b, S, H, V], decay [b, S, H, K or 1] and beta [b, S, H] before their
+        activations -> [b, S, H, V]; S is this rank's share of the tokens.
         """
-        q, k, v, decay = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v, decay))
+        A_log, dt_bias = (self._of_heads(p, heads) for p in (self.A_log, self.dt_bias))
         if self.watch and torch.is_grad_enabled():
             with torch.no_grad():
-                self._record(kda_gate(decay, self.A_log, self.dt_bias, self._lower_bound), beta)
+                self._record(kda_gate(decay, A_log, dt_bias, self._lower_bound), beta)
         convolutions = []
         if self.linear.conv_kernel:
             convolutions = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
@@ -230,15 +251,19 @@ class KimiDeltaAttention(MegatronModule):
             beta,
             context=self.context,
             documents=documents,
-            conv_weights=[ready_weight(convolution) for convolution in convolutions],
-            A_log=self.A_log,
-            dt_bias=self.dt_bias,
+            conv_weights=[self._of_heads(ready_weight(conv), heads) for conv in convolutions],
+            A_log=A_log,
+            dt_bias=dt_bias,
             lower_bound=self._lower_bound,
             use_gate_in_kernel=True,
             use_qk_l2norm_in_kernel=True,
             use_beta_sigmoid_in_kernel=True,
         )
         return out
+
+    def _of_heads(self, parameter: torch.Tensor, heads: slice) -> torch.Tensor:
+        """The part of a parameter whose first axis follows this rank's heads."""
+        return parameter.unflatten(0, (self.num_heads, -1))[heads].flatten(0, 1)
 
     @property
     def _lower_bound(self) -> float | None:

@@ -31,6 +31,7 @@ def block_spec(
     first_layer: int,
     context: ContextParallel = ALONE,
     attention_backend: str | None = None,
+    head_groups: int = 0,
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline chunk.
 
@@ -40,9 +41,10 @@ def block_spec(
         first_layer: 0-based number of the chunk's first layer in the whole model.
         context: how sequences are shared by ranks, the same for all layers.
         attention_backend: of packed and shared sequences, see `megakda.kernels.tile_attention`.
+        head_groups: of KDA's recomputation, see `KimiDeltaAttention`.
     """
     layers = [
-        layer_spec(model, kind, first_layer + i, context, attention_backend)
+        layer_spec(model, kind, first_layer + i, context, attention_backend, head_groups)
         for i, kind in enumerate(kinds)
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
@@ -54,14 +56,16 @@ def layer_spec(
     layer: int,
     context: ContextParallel = ALONE,
     attention_backend: str | None = None,
+    head_groups: int = 0,
 ) -> ModuleSpec:
     """Pre-norm token mixer of `kind`, then pre-norm feed-forward; `layer` is 0-based."""
     common = {"num_heads": model.num_heads, "context": context}
     if kind == "linear":
-        mixer = ModuleSpec(KimiDeltaAttention, params={"linear": model.linear, **common})
+        own = {"linear": model.linear, "head_groups": head_groups}
+        mixer = ModuleSpec(KimiDeltaAttention, params={**common, **own})
     else:
-        common["attention_backend"] = attention_backend
-        mixer = ModuleSpec(MultiLatentAttention, params={"mla": model.mla, **common})
+        own = {"mla": model.mla, "attention_backend": attention_backend}
+        mixer = ModuleSpec(MultiLatentAttention, params={**common, **own})
     is_moe = model.ffn == "moe" and layer >= model.moe.first_dense_layers
     return ModuleSpec(
         TransformerLayer,

@@ -126,7 +126,14 @@ def build_chunks(
         where = dict(ignore_virtual=not interleaved, vp_stage=vp_stage)
         chunk = GPTModel(
             config,
-            block_spec(model, kinds[first:last], first, sharing, attention_backend),
+            block_spec(
+                model,
+                kinds[first:last],
+                first,
+                sharing,
+                attention_backend,
+                parallel.recompute_head_groups,
+            ),
             vocab_size=model.vocab_size,
             max_sequence_length=context,
             pre_process=parallel_state.is_pipeline_first_stage(**where),

@@ -13,6 +13,7 @@ SAME = {
     "tp2": (2, ["parallel=tp2"]),
     "pp2_vpp2": (2, ["parallel=pp2_vpp2"]),
     "ep2_bf16_async": (2, ["parallel=ep2", "precision=bf16", "checkpoint.async_save=true"]),
+    "cp2_packed": (2, ["parallel.context=2", "data.packing=best_fit"]),
     "dp2_plain_optimizer": (2, ["parallel.distributed_optimizer=false"]),
     "dp2_overlap": (
         2,
@@ -43,6 +44,8 @@ OTHER = {
     "tp2_to_pp2": ((2, ["parallel=tp2"]), (2, ["parallel=pp2"])),
     "ep2_to_tp2": ((2, ["parallel=ep2"]), (2, ["parallel=tp2"])),
     "dp2_to_one": ((2, []), (1, [])),
+    "cp2_to_dp2": ((2, ["parallel.context=2"]), (2, [])),
+    "one_to_cp2_heads": ((1, []), (2, ["parallel.context=2", "parallel.context_mode=heads"])),
     "one_to_pp2_vpp2": ((1, []), (2, ["parallel=pp2_vpp2"])),
 }
 
@@ -72,3 +75,26 @@ def test_another_data_order_is_noticed(ranks, corpus, tmp_path):
     assert not fit("train.steps=2")
     assert not fit("train.steps=3")
     assert fit("train.steps=4", "data.split=[50,25,25]")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_begins_with_the_weights_of_another(ranks, corpus, tmp_path, precision):
+    """Everything else is its own: steps, context, layout, data."""
+
+    def fit(world, name, *overrides):
+        common = [*RUN, f"precision={precision}", *overrides]
+        return ranks.run(world, jobs.fit, common, corpus, str(tmp_path / name))[0]
+
+    first = fit(1, "first", "train.steps=3")
+    # A learning rate of next to nothing leaves the weights as they were loaded.
+    still = ["optim.lr=1e-30", "optim.weight_decay=0", "model.moe.bias_update_rate=0"]
+    own = ["train.context=96", "parallel.context=2", "data.packing=documents"]
+    own.append(f"train.weights={tmp_path / 'first'}")
+    second = fit(2, "second", *own, *still, "train.steps=2")
+    assert len(second["loss"]) == 2
+    for name, weight in first["weights"].items():
+        assert torch.equal(second["weights"][name], weight), name
+    # Resuming it goes on from its own checkpoint, not from the weights it began with.
+    third = fit(2, "second", *own, *still, "train.steps=3")
+    assert third["loss"][:2] == second["loss"] and len(third["loss"]) == 3
+    assert not third["data_reordered"]

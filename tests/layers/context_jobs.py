@@ -203,17 +203,23 @@ def kda_shared(
     heads_ranks: int | None = None,
     states: bool = True,
     tokens: int = TOKENS,
+    backend: str | None = None,
     **inputs: Any,
 ) -> Tensors | None:
     from megakda.layers.context_layout import Documents
 
+    if backend == "triton":
+        from megakda.kernels.verify import interpreter
+
+        interpreter.install()
     documents = Documents(bounds[-1] // tokens, tokens, tuple(bounds))
     with world():
         context = make_context(mode, kind, heads_ranks)
         tensors = kda_inputs(
             documents.rows, len(bounds) - 1 if states else 0, heads, tokens=tokens, **inputs
         )
-        found = run_shared(kda_operator(documents, context, states), *tensors, context)
+        operator = kda_operator(documents, context, states, backend)
+        found = run_shared(operator, *tensors, context)
         return found if context.rank == 0 else None
 
 

@@ -291,3 +291,23 @@ def test_what_a_bf16_model_keeps_in_fp32(ranks, corpus):
     assert found == expected
     for suffix in FP32:
         assert sum(name.endswith(suffix) for name in found) == 3  # of 4 layers
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.linear.mixer=gdn"], ["model.ffn=dense"]])
+def test_every_weight_is_announced_before_it_is_read(ranks, corpus, overrides):
+    """Overlapped parameter gathering waits for a weight in its module's forward pre-hook."""
+    assert ranks.run(1, modules_without_hook, overrides, corpus) == [[]]
+
+
+def modules_without_hook(overrides, corpus):
+    """Modules of the model that hold weights and whose forward pre-hook did not run in a step."""
+    with jobs.trainer(overrides, corpus) as run:
+        model, seen = run.chunks[0].module, set()
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: seen.add(name))
+        run.step(run._batches(run.datasets.train, 0))
+        return [
+            name
+            for name, module in model.named_modules()
+            if list(module.parameters(recurse=False)) and name not in seen
+        ]
