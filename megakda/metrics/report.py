@@ -118,7 +118,7 @@ class Reporter:
             valid_loss: nats per token, on the steps that validate.
             telemetry: given on the steps that recorded it.
         """
-        tokens_per_s = self.derived.tokens_per_step / seconds
+        tokens_per_s = result.tokens / seconds
         if self.progress:
             self.progress.update(step, result.loss, tokens_per_s, result.grad_norm, result.lr)
         if result.problem:
