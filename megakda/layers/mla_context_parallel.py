@@ -275,12 +275,10 @@ def _pass_on(x: torch.Tensor, group: Group, what: str) -> Wait:
             ]
         )
 
-    def wait() -> torch.Tensor:
+    def wait(sent: torch.Tensor = x) -> torch.Tensor:  # which has to live until then
         with exchange(what, group):
             for work in works:
                 work.wait()
         return received
 
-    # The sent tensor lives as long as this closure does.
-    wait.sent = x  # type: ignore[attr-defined]
     return wait

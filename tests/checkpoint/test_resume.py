@@ -13,7 +13,16 @@ SAME = {
     "tp2": (2, ["parallel=tp2"]),
     "pp2_vpp2": (2, ["parallel=pp2_vpp2"]),
     "ep2_bf16_async": (2, ["parallel=ep2", "precision=bf16", "checkpoint.async_save=true"]),
-    "cp2_packed": (2, ["parallel.context=2", "data.packing=best_fit"]),
+    "cp2_packed_validating": (
+        2,
+        [
+            "parallel.context=2",
+            "data.packing=best_fit",
+            "train.eval_batches=2",
+            "train.eval_every=2",
+            "logging.telemetry_every=2",
+        ],
+    ),
     "dp2_plain_optimizer": (2, ["parallel.distributed_optimizer=false"]),
     "dp2_overlap": (
         2,

@@ -195,6 +195,16 @@ RULES = {
         ["parallel.context_heads=2", "parallel.context_mode=state", "null"],
     ),
     "unknown layout": (["parallel.context_layout=zig"], 1, ["parallel.context_layout=zig"]),
+    "head groups without recomputation": (
+        ["parallel.recompute_head_groups=2"],
+        1,
+        ["parallel.recompute_head_groups=2", "parallel.recompute=none", "parallel.recompute=full"],
+    ),
+    "head groups that do not divide": (
+        ["parallel.recompute=full", "parallel.recompute_head_groups=3"],
+        1,
+        ["parallel.recompute_head_groups=3", "4 heads", "model.num_heads=4"],
+    ),
     "best fit that carries over": (
         ["data.packing=best_fit", "data.overlong=carry"],
         1,

@@ -128,6 +128,8 @@ OTHERS = {
         [0, 5, 25, 26, 45, 48],
         1,
     ),
+    # Ranks without a single real token
+    "mostly_padding": (4, ["parallel.context=4", "parallel.expert=2"], [0, 4, 48], 1),
     "pipeline": (4, ["parallel.context=2", "parallel.pipeline=2"], [0, 3, 46, 48], 1),
     "interleaved": (
         4,
@@ -151,8 +153,11 @@ def test_mixture_of_experts(many_ranks, corpus, one_rank, case):
     check(found, one_rank([], bounds, rows))
 
 
+GROUPS = ["parallel.recompute=full", "parallel.recompute_head_groups=2"]
 VARIANTS = {
     "gdn": ["model.linear.mixer=gdn"],
+    "gdn_in_head_groups": ["model.linear.mixer=gdn", *GROUPS],
+    "head_groups": [*GROUPS, "model.linear.output_gate=none"],
     "rope": ["model.pattern='1:1'", "model.mla.rope=true"],
     "no_convolution": ["model.linear.conv_kernel=0"],
     "long_convolution": ["model.linear.conv_kernel=8"],  # longer than a segment
