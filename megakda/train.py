@@ -30,7 +30,8 @@ def run(config: Config) -> None:
     import megakda.runtime
 
     derived = validate(config, world_size())
-    device = megakda.runtime.install(config.runtime.device, config.runtime.backend)
+    runtime = config.runtime
+    device = megakda.runtime.install(runtime.device, runtime.backend, runtime.attention)
 
     # megatron-core is imported below this line only: install() adapts it on import.
     from megakda.checkpoint import manager as checkpoints

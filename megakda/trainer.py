@@ -21,12 +21,17 @@ from megakda.config import Config, Derived
 from megakda.data.datasets import Batch, Datasets, micro_batches, order_probe
 from megakda.data.packed_dataset import packing_efficiency
 from megakda.data.tokenizer import Tokenizer
-from megakda.errors import CheckpointError
+from megakda.errors import CheckpointError, CommunicationError
 from megakda.guard import Guard
 from megakda.layers.context_parallel import ContextParallel
 from megakda.metrics.report import Reporter
 from megakda.metrics.step_metrics import KdaTelemetry
-from megakda.models.context_batch import check_agreement, rank_batch, sequence_parallel_share
+from megakda.models.context_batch import (
+    SAME_DATA,
+    SameBatches,
+    rank_batch,
+    sequence_parallel_share,
+)
 from megakda.models.init import initialize
 from megakda.models.kimi_linear import build_chunks, context_parallel
 from megakda.models.sharding import ModelChunk
@@ -67,7 +72,10 @@ class Trainer:
         self.finalizer = GradFinalizer(self.chunks)
         self.guard = Guard(config.train.guard)
         self.telemetry = KdaTelemetry(self.chunks, config.model.num_layers)
-        self.forward_backward = _forward_backward(config, derived, self.chunks, self.finalizer)
+        self.same_batches = SameBatches()
+        self.forward_backward = _forward_backward(
+            config, self.chunks, self.finalizer, self.same_batches
+        )
         self.checkpoints = checkpoints.CheckpointManager(checkpoint_root(config), config.checkpoint)
         self.signals = StopSignals()
         self.steps_done = 0
@@ -85,7 +93,14 @@ class Trainer:
         self.optimizer.zero_grad()
 
         losses = self.forward_backward(batches, num_microbatches=self.derived.micro_batches)
-        loss, stop = _agree(losses, self.signals.received is not None)
+        loss, stop, differ = _agree(
+            losses, self.signals.received is not None, self.same_batches.differ()
+        )
+        if differ:
+            raise CommunicationError(
+                f"ranks that share sequences have read others in step {self.steps_done + 1}: "
+                f"{SAME_DATA}"
+            )
 
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -110,10 +125,7 @@ class Trainer:
         config, train = self.config, self.config.train
         resumed = self.resume()
         with self.signals, self._reporter() as report:
-            packing = None
-            if config.data.packing != "none":
-                packing = str(packing_efficiency(self.datasets.train))
-            report.start(resumed, self.steps_done, self.tokens_seen, self.data_reordered, packing)
+            report.start(resumed, self.steps_done, self.tokens_seen, self.data_reordered)
             batches = self._batches(self.datasets.train, self.sequences_consumed)
             stopped = False
             while self.steps_done < train.steps and not stopped:
@@ -143,6 +155,7 @@ class Trainer:
             self.checkpoints.close()
             report.end(self.steps_done, self.signals.received, stopped)
 
+    @torch.no_grad()
     def validate(self) -> float:
         """Mean loss in nats per token over `train.eval_batches` global batches, always the same."""
         _sync_parameters(self.config, self.chunks, hooks=False)
@@ -157,7 +170,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.train()
         _sync_parameters(self.config, self.chunks, hooks=True)
-        return _agree(losses, stop=False)[0]
+        return _agree(losses)[0]
 
     def save(self) -> Path:
         """Saves everything that the next step depends on."""
@@ -194,7 +207,7 @@ class Trainer:
         path = checkpoints.resolve(self.config.train.resume, self.checkpoints.root)
         if path is None:
             if self.config.train.weights is not None:
-                self._begin_with(checkpoints.find(self.config.train.weights, "train.weights"))
+                self._begin_with(_found_by_rank_0(self.config.train.weights))
             return None
         self._check_tokenizer(path)
         state = checkpoints.load(
@@ -238,8 +251,17 @@ class Trainer:
         self.chunks.clear()
 
     def _reporter(self) -> Reporter:
+        packing = None
+        if self.config.data.packing != "none":
+            packing = packing_efficiency(self.datasets.train)
         return Reporter(
-            self.config, self.derived, self.out, self.steps_done, self.chunks, self.finalizer
+            self.config,
+            self.derived,
+            self.out,
+            self.steps_done,
+            self.chunks,
+            self.finalizer,
+            packing,
         )
 
     def _batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
@@ -263,13 +285,18 @@ def checkpoint_root(config: Config) -> Path:
 
 
 def forward_step(
-    batches: Iterator[Batch], chunk: ModelChunk, context: ContextParallel, packed: bool
+    batches: Iterator[Batch],
+    chunk: ModelChunk,
+    context: ContextParallel,
+    packed: bool,
+    same_batches: SameBatches,
 ) -> tuple[torch.Tensor, Any]:
     """One micro-batch through one chunk, as megatron-core's schedules call it.
 
     Args:
         context: how this rank shares sequences with others.
         packed: whether batches say where documents begin, which every chunk has to know.
+        same_batches: compares what ranks read.
 
     Returns:
         The chunk's output and the function that turns the last chunk's output, per-token losses
@@ -278,10 +305,10 @@ def forward_step(
     model = chunk.module
     if not (model.pre_process or model.post_process or packed):
         return chunk(None, None, None), None
-    batch = rank_batch(next(batches), context, torch.device(torch.cuda.current_device()))
+    whole = next(batches)
+    batch = rank_batch(whole, context, torch.device(torch.cuda.current_device()))
+    same_batches.see(whole, batch.documents)
     padding_mask = batch.padding_mask
-    if batch.documents is not None:
-        check_agreement(batch.documents, parallel_state.get_tensor_and_context_parallel_group())
     if padding_mask is not None and model.config.sequence_parallel and not model.pre_process:
         padding_mask = sequence_parallel_share(padding_mask)
     output = chunk(
@@ -324,7 +351,7 @@ def _build_model(config: Config) -> list[ModelChunk]:
 
 
 def _forward_backward(
-    config: Config, derived: Derived, chunks: list[ModelChunk], finalizer: GradFinalizer
+    config: Config, chunks: list[ModelChunk], finalizer: GradFinalizer, same_batches: SameBatches
 ) -> Any:
     """megatron-core's schedule for this layout, with everything that stays the same bound."""
     core = chunks[0].config
@@ -340,6 +367,7 @@ def _forward_backward(
             forward_step,
             context=context_parallel(config.parallel),
             packed=config.data.packing != "none",
+            same_batches=same_batches,
         ),
         model=chunks,
         seq_length=config.train.context,
@@ -362,16 +390,18 @@ def _per_chunk(functions: list[Any]) -> Any:
     return functions if len(functions) > 1 else functions[0]
 
 
-def _agree(losses: list[dict[str, torch.Tensor]], stop: bool) -> tuple[float, bool]:
-    """The mean loss over all real tokens, and whether any rank wants to stop, on every rank."""
-    totals = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+def _agree(
+    losses: list[dict[str, torch.Tensor]], stop: bool = False, differ: bool = False
+) -> tuple[float, bool, bool]:
+    """The mean loss over all real tokens, and whether any rank says so of the flags."""
+    totals = torch.zeros(4, dtype=torch.float64, device=torch.cuda.current_device())
     # The last stage has the losses, the same on all its tensor-parallel ranks.
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
         totals[:2] = sum(entry["loss"] for entry in losses)
-    totals[2] = float(stop)
+    totals[2], totals[3] = float(stop), float(differ)
     torch.distributed.all_reduce(totals)
-    loss, tokens, stops = totals.tolist()
-    return loss / max(tokens, 1.0), stops > 0
+    loss, tokens, stops, differs = totals.tolist()
+    return loss / max(tokens, 1.0), stops > 0, differs > 0
 
 
 def _sync_parameters(config: Config, chunks: list[ModelChunk], hooks: bool) -> None:
@@ -380,6 +410,13 @@ def _sync_parameters(config: Config, chunks: list[ModelChunk], hooks: bool) -> N
         return
     for chunk in chunks:
         chunk.enable_forward_pre_hook() if hooks else chunk.disable_forward_pre_hook()
+
+
+def _found_by_rank_0(weights: str) -> Path:
+    """The checkpoint of `train.weights`; that run may be saving, and ranks find different ones."""
+    path = [checkpoints.find(weights, "train.weights")]
+    torch.distributed.broadcast_object_list(path, src=0)
+    return path[0]
 
 
 def _due(step: int, every: int) -> bool:

@@ -36,6 +36,7 @@ RANKS = {
     # Where a person comes in.
     "megakda.train": 8,
     "megakda.inference": 8,
+    "megakda.bench": 8,
 }
 """A file imports from its own package and from packages of a lower rank, never from an equal one:
 two packages of one rank do not know each other, so either can be understood, tested or replaced
@@ -53,6 +54,11 @@ NO_MEGATRON = [
     "megakda.data.preprocess",
     "megakda.data.indexed",
     "megakda.data.corpus",
+    "megakda.data.lengths",
+    "megakda.data.packing",
+    "megakda.models.context_cost",
+    "megakda.models.context_balance",
+    "megakda.models.exchange_model",
     "megakda.metrics.writers",
     "megakda.metrics.progress",
     "megakda.metrics.plot",

@@ -17,10 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megakda.bench.context_parallel import DEVICE, Sizes, cases, measure  # noqa: E402
+from megakda.bench.context_report import table, write  # noqa: E402
 from megakda.errors import MegakdaError  # noqa: E402
 from megakda.kernels.verify.bench.environment import describe  # noqa: E402
-from megakda.layers.context_bench import DEVICE, Sizes, cases, measure  # noqa: E402
-from megakda.layers.context_bench_report import table, write  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:

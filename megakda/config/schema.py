@@ -112,7 +112,7 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     recompute: str = _choice("none", "full", "selective")
-    recompute_head_groups: int = 0  # with recompute=full: KDA's core again, heads in so many groups
+    recompute_head_groups: int = 0  # with full: KDA on its own, in so many groups of heads; 0: not
     recompute_modules: list[str] = field(
         default_factory=lambda: ["core_attn", "layernorm", "mlp", "moe"]
     )

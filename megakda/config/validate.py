@@ -64,6 +64,11 @@ def validate(config: Config, world_size: int) -> Derived:
     _check_model(config)
     _check_parallel(config)
     _check_packing(config)
+    if config.runtime.attention == "flash_attn" and config.precision != "bf16":
+        raise ConfigError(
+            f"runtime.attention=flash_attn with precision={config.precision}: flash-attn takes "
+            "half precision only; set precision=bf16, or runtime.attention=torch"
+        )
     return derive(config, world_size)
 
 

@@ -70,6 +70,6 @@ def exchange(what: str, group: Group) -> Iterator[None]:
         if isinstance(error, (CommunicationError, torch.OutOfMemoryError)):
             raise
         raise CommunicationError(
-            f"{what} among the {group.size()} ranks of parallel.context failed on rank "
+            f"{what} among {group.size()} ranks that share sequences failed on rank "
             f"{torch.distributed.get_rank()}: {first_line(error)}; {DEAD_OR_STUCK}"
         ) from error

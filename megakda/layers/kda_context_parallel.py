@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from megakda.kernels.kda import chunk_kda
 from megakda.kernels.kda.affine import fold, fold_backward
 from megakda.kernels.kda.linked import Links, linked_kda
+from megakda.kernels.kda.plan import index_tensor
 from megakda.kernels.short_conv import short_conv
 from megakda.layers.context_layout import ContextLayout, ContextPlan, Documents
 from megakda.layers.context_parallel import ContextParallel, Group, exchange
@@ -200,34 +201,42 @@ class _StateExchange:
 
     def __init__(self, plan: ContextPlan, group: Group):
         self.plan, self.group = plan, group
-        self.enter_slots = [plan.pieces[n].segment for n in plan.entering]
-        self.leave_slots = [plan.pieces[n].segment for n in plan.leaving]
-        self.begins = [i for i, n in enumerate(plan.leaving) if not plan.pieces[n].enters]
+
+    def _slots(self, numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+        """The segments' slots of pieces."""
+        return index_tensor(tuple(self.plan.pieces[n].segment for n in numbers), device)
+
+    def _begun(self, device: torch.device) -> torch.Tensor:
+        """The slots of pieces that leave and that nothing enters."""
+        pieces = self.plan.pieces
+        return self._slots([n for n in self.plan.leaving if not pieces[n].enters], device)
 
     def forward(self, maps: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Maps [leaving, H, K, V + K], E before M -> states [entering, H, K, V]."""
         value_dim = maps.shape[-1] - maps.shape[-2]
+        device = maps.device
         slots = maps.new_zeros(self.plan.slots, *maps.shape[1:])
-        slots[self.leave_slots] = maps
-        slots[[self.leave_slots[i] for i in self.begins], ..., value_dim:] = 0
+        slots[self._slots(self.plan.leaving, device)] = maps
+        slots[self._begun(device), ..., value_dim:] = 0
         gathered = self._start(slots, "the exchange of KDA states")
 
         def wait() -> torch.Tensor:
             segments = gathered()
             affine = [(x[..., value_dim:], x[..., :value_dim]) for x in segments]
             states, _ = fold(affine, torch.zeros_like(affine[0][1]))
-            return self._held(states)[self.enter_slots]
+            return self._held(states)[self._slots(self.plan.entering, device)]
 
         return wait
 
     def backward(self, direct: torch.Tensor, maps: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Gradients of states [entering, H, K, V] and the maps -> [leaving, H, K, V]."""
         value_dim = direct.shape[-1]
+        device = maps.device
         slots = maps.new_zeros(self.plan.slots, *maps.shape[1:])
-        slots[self.leave_slots] = maps
-        slots[[self.leave_slots[i] for i in self.begins]] = 0
+        slots[self._slots(self.plan.leaving, device)] = maps
+        slots[self._begun(device)] = 0
         slots[..., :value_dim] = 0
-        slots[self.enter_slots, ..., :value_dim] = direct
+        slots[self._slots(self.plan.entering, device), ..., :value_dim] = direct
         gathered = self._start(slots, "the exchange of KDA states' gradients")
 
         def wait() -> torch.Tensor:
@@ -235,7 +244,7 @@ class _StateExchange:
             affine = [(x[..., value_dim:], x[..., :value_dim]) for x in segments]
             own = [e for _, e in affine]
             gradients, _ = fold_backward(affine, own, torch.zeros_like(own[0]))
-            return self._held(gradients)[self.leave_slots]
+            return self._held(gradients)[self._slots(self.plan.leaving, device)]
 
         return wait
 
@@ -374,9 +383,9 @@ class _Halo(torch.autograd.Function):
         gathered = tails.new_empty(group.size() * slots, kept, channels)
         with exchange("the exchange of convolution halos", group):
             torch.distributed.all_gather_into_tensor(gathered, tails, group=group)
-        sources, numbers = _halo_sources(plan, width, kept)
-        index = torch.tensor(sources, dtype=torch.long, device=tails.device).view(-1, width)
-        pieces = torch.tensor(numbers, dtype=torch.long, device=tails.device)
+        sources = _halo_sources(plan, width, kept)
+        index = index_tensor(sources, tails.device).view(-1, width)
+        pieces = index_tensor(plan.entering, tails.device)
         ctx.save_for_backward(index, pieces)
         ctx.group, ctx.shape = group, tails.shape
         before = tails.new_zeros(len(plan.pieces), width, channels)
@@ -389,26 +398,28 @@ class _Halo(torch.autograd.Function):
         index, pieces = ctx.saved_tensors
         slots, kept, channels = ctx.shape
         ranks = ctx.group.size()
-        dtokens = dbefore.transpose(1, 2)[pieces]
+        # A sum over pieces and ranks, so in fp32.
+        dtype = torch.promote_types(dbefore.dtype, torch.float32)
+        dtokens = dbefore.transpose(1, 2)[pieces].to(dtype)
         # One row more than there are tokens, for gradients that belong to none. Two pieces never
         # read the same token at the same place, so that nothing is added twice in one statement.
-        dgathered = dbefore.new_zeros(ranks * slots * kept + 1, channels)
+        dgathered = dtokens.new_zeros(ranks * slots * kept + 1, channels)
         for place in range(index.shape[1]):
             source = index[:, place]
             present = (source >= 0).unsqueeze(-1)
             dgathered[source] += dtokens[:, place] * present
-        dtails = dbefore.new_empty(slots * kept, channels)
+        dtails = dtokens.new_empty(slots * kept, channels)
         with exchange("the exchange of convolution halos' gradients", ctx.group):
             torch.distributed.reduce_scatter_tensor(dtails, dgathered[:-1], group=ctx.group)
-        return dtails.view(ctx.shape), None, None, None
+        return dtails.view(ctx.shape).to(dbefore.dtype), None, None, None
 
 
-def _halo_sources(plan: ContextPlan, width: int, kept: int) -> tuple[list[int], list[int]]:
+def _halo_sources(plan: ContextPlan, width: int, kept: int) -> tuple[int, ...]:
     """Which of the gathered tokens lie before each piece that enters.
 
     Returns:
         For each of these pieces `width` places among the ranks' tails, [rank, row, place, token]
-        flattened, or -1 for none; and the pieces' numbers.
+        flattened, or -1 for none.
     """
     layout, documents = plan.layout, plan.documents
     length = layout.segment_length(documents.tokens)
@@ -428,4 +439,4 @@ def _halo_sources(plan: ContextPlan, width: int, kept: int) -> tuple[list[int], 
             rank, held = layout.owner(source)
             slot = (rank * documents.rows + row) * layout.per_rank + held
             sources.append(slot * kept + offset)
-    return sources, list(plan.entering)
+    return tuple(sources)

@@ -122,9 +122,8 @@ class _LatentAttention(torch.autograd.Function):
         dq = torch.zeros_like(q, dtype=lse.dtype)
         dweight = torch.zeros_like(weight, dtype=lse.dtype)
 
-        def share(source: int, block: torch.Tensor) -> torch.Tensor:
-            """The gradient of a block from this rank's queries [N, r + p]; fills dq, dweight."""
-            dblock = torch.zeros_like(block, dtype=lse.dtype)
+        def share(source: int, block: torch.Tensor, dblock: torch.Tensor) -> None:
+            """Adds what this rank's queries give a block [N, r + p], dq and dweight."""
             tiles = _tiles(context, documents, source)
             if tiles:
                 k, v = _expand(block, weight, heads)
@@ -133,7 +132,6 @@ class _LatentAttention(torch.autograd.Function):
                     dout, q, k, v, tiles, heads.scale, out, lse, dq, dk, dv, heads.backend
                 )
                 _expand_backward(dk, dv, block, weight, heads, dblock, dweight)
-            return dblock
 
         dlatent = _block_gradients(latent, context, share)
         gradients = (dq.to(q.dtype), dlatent.to(latent.dtype), dweight.to(weight.dtype))
@@ -218,22 +216,25 @@ def _blocks(latent: torch.Tensor, context: ContextParallel) -> Iterator[tuple[in
 def _block_gradients(
     latent: torch.Tensor,
     context: ContextParallel,
-    share: Callable[[int, torch.Tensor], torch.Tensor],
+    share: Callable[[int, torch.Tensor, torch.Tensor], None],
 ) -> torch.Tensor:
     """The sum of all ranks' shares of the gradient of this rank's own block [N, r + p]."""
     group = context.group
     if group is None or context.attention == "all_gather":
-        shares = {source: share(source, block) for source, block in _blocks(latent, context)}
+        dtype = torch.promote_types(latent.dtype, torch.float32)
+        joint = latent.new_zeros(context.layout.ranks, *latent.shape, dtype=dtype)
+        for source, block in _blocks(latent, context):
+            share(source, block, joint[source])
         if group is None:
-            return shares[0]
-        joint = torch.stack([shares[source] for source in range(group.size())])
+            return joint[0]
         total = torch.empty_like(joint[0])
         with exchange("the exchange of latents' gradients", group):
             torch.distributed.reduce_scatter_tensor(total, joint.flatten(0, 1), group=group)
         return total
     arrive: Wait | None = None
     for source, block in _blocks(latent, context):
-        total = share(source, block)
+        total = torch.zeros_like(block, dtype=torch.promote_types(block.dtype, torch.float32))
+        share(source, block, total)
         if arrive is not None:  # the shares of the ranks that have met this block before
             total += arrive()
         arrive = _pass_on(total, group, "the ring of latents' gradients")

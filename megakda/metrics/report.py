@@ -17,6 +17,7 @@ from megakda.models.params import count_parameters
 from megakda.models.sharding import ModelChunk
 
 if TYPE_CHECKING:
+    from megakda.data.packed_dataset import PackingEfficiency
     from megakda.optim.finalize import GradFinalizer
     from megakda.trainer import StepResult
 
@@ -35,10 +36,14 @@ class Reporter:
         start_step: int,
         chunks: list[ModelChunk],
         finalizer: GradFinalizer,
+        packing: PackingEfficiency | None = None,
     ):
         self.config, self.derived, self.out = config, derived, out
         self.chunks, self.finalizer = chunks, finalizer
-        self.flops = flops_per_token(config.model, config.train.context)
+        self.packing = packing
+        # Attention ends with a document, so that its length counts, not that of the sequence.
+        attended = packing.document_tokens if packing else config.train.context
+        self.flops = flops_per_token(config.model, attended)
         self.peak = _peak_flops(config)
         self.progress: Progress | None = None
         self.writers: MetricWriters | None = None
@@ -65,13 +70,8 @@ class Reporter:
         steps_done: int,
         tokens_seen: int,
         data_reordered: bool,
-        packing: str | None = None,
     ) -> None:
-        """What will run, and how the derived numbers came about.
-
-        Args:
-            packing: how full the rows of packed documents are.
-        """
+        """What will run, and how the derived numbers came about."""
         model = self.config.model
         count = count_parameters(model)
         self._note(f"megakda: {model.name}, {self.config.precision}, into {self.out}")
@@ -81,20 +81,21 @@ class Reporter:
         )
         for line in self.derived.lines(self.config):
             self._note(f"  {line}")
+        attended = "documents of" if self.packing else "context"
         self._note(
             f"  FLOPs per token {format_count(self.flops.training)} = 3 x "
-            f"{format_count(self.flops.forward)} forward at context {self.flops.context:,}; MFU "
+            f"{format_count(self.flops.forward)} forward at {attended} {self.flops.context:,}; MFU "
             + (f"against {self.peak / 1e12:,.0f} TFLOP/s" if self.peak else "not known here")
         )
-        if packing:
-            self._note(f"  data.packing={self.config.data.packing}: {packing}")
+        if self.packing:
+            self._note(f"  data.packing={self.config.data.packing}: {self.packing}")
         if resumed:
             self._note(f"  resumed from {resumed} after step {steps_done}, {tokens_seen:,} tokens")
         if data_reordered:
             self._note(
                 "  WARNING: the sequences come in another order than before this resume (another "
-                "train.steps over several epochs, data.split, train.seed or corpus): some may "
-                "repeat, some may be left out"
+                "train.steps over several epochs, train.context, train.seed, data.split, "
+                "data.packing, data.overlong or corpus): some may repeat, some may be left out"
             )
 
     def step(

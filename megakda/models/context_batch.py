@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from megakda.errors import CommunicationError
@@ -63,20 +64,54 @@ def sequence_parallel_share(padding_mask: torch.Tensor) -> torch.Tensor:
     return scatter_to_sequence_parallel_region(padding_mask.T.contiguous()).T.contiguous()
 
 
-def check_agreement(documents: Documents, group: torch.distributed.ProcessGroup) -> None:
-    """That all ranks of `group` have the same documents. Collective.
+class SameBatches:
+    """That ranks which share sequences read the same ones.
 
-    Ranks that disagree would exchange states of different sizes, or of different documents without
-    noticing.
-
-    Raises:
-        CommunicationError: they do not, on every rank.
+    Tensor- and context-parallel ranks and the stages of a pipeline each read the data set for
+    themselves. Ranks with other documents would exchange the states of other documents, or wait for
+    ever, so documents are compared before each micro-batch is worked on, within a stage; the tokens
+    of all stages are compared once per step.
     """
+
+    def __init__(self) -> None:
+        self._sharers = parallel_state.get_tensor_and_context_parallel_group()
+        self._stages = parallel_state.get_pipeline_model_parallel_group()
+        self._digest: int | None = None  # of the step so far; None where nothing was read
+
+    def see(self, batch: dict[str, torch.Tensor], documents: Documents | None) -> None:
+        """Takes note of a micro-batch, as read. Collective where something is packed.
+
+        Raises:
+            CommunicationError: another rank of the stage has other documents; on all of them.
+        """
+        if self._sharers.size() == self._stages.size() == 1:
+            return
+        digest = zlib.crc32(batch["tokens"].numpy().data)
+        if documents is not None:
+            digest = zlib.crc32(repr(documents).encode(), digest)
+            _compare_documents(documents, self._sharers)
+        self._digest = (self._digest or 0) + digest  # stages may read in another order
+
+    def differ(self) -> bool:
+        """Whether another rank read something else since the last call. Collective."""
+        nothing = -(2**62)
+        own = [nothing, nothing] if self._digest is None else [self._digest, -self._digest]
+        self._digest = None
+        extremes = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())
+        for group in (self._sharers, self._stages):
+            if group.size() > 1:
+                torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group)
+        highest, lowest = extremes.tolist()
+        return highest != nothing and highest != -lowest
+
+
+def _compare_documents(documents: Documents, group: torch.distributed.ProcessGroup) -> None:
     if group.size() == 1:
         return
-    digest = hashlib.sha256(repr(documents).encode()).digest()
     own = torch.tensor(
-        [int.from_bytes(digest[:7], "big")], dtype=torch.int64, device=torch.cuda.current_device()
+        [zlib.crc32(repr(documents).encode())],
+        dtype=torch.int64,
+        device=torch.cuda.current_device(),
     )
     found = own.new_empty(group.size())
     with exchange("the comparison of cu_seqlens", group):
@@ -89,6 +124,11 @@ def check_agreement(documents: Documents, group: torch.distributed.ProcessGroup)
         raise CommunicationError(
             f"ranks {ranks} share sequences, but ranks {others} have other cu_seqlens than the "
             f"rest (this is rank {torch.distributed.get_rank()}, with {len(documents.bounds) - 1} "
-            "documents): all must read the same data in the same order; compare data.paths, "
-            "data.cache and train.seed on their machines"
+            f"documents): {SAME_DATA}"
         )
+
+
+SAME_DATA = (
+    "all must read the same data in the same order; compare data.paths, data.cache and train.seed "
+    "on their machines"
+)

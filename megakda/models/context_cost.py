@@ -295,15 +295,17 @@ def kda_traffic(
         slots = rows * layout.per_rank
         taps = min(max(linear.conv_kernel - 1, 0), tokens // layout.segments)
         channels = share * (2 * key + value)
-        tails = slots * taps * channels * sharing.element_bytes
+        tails = slots * taps * channels
         maps = slots * share * key * (key + value) * STATE_BYTES
         state = Exchange("states", "all_gather", "state", ranks, maps)
         if tails:
-            forward += [Exchange("convolution halos", "all_gather", "state", ranks, tails)]
+            sent = tails * sharing.element_bytes
+            forward += [Exchange("convolution halos", "all_gather", "state", ranks, sent)]
         forward += [state]
         backward += [state]
         if tails:
-            backward += [Exchange("convolution halos", "reduce_scatter", "state", ranks, tails)]
+            summed = tails * STATE_BYTES
+            backward += [Exchange("convolution halos", "reduce_scatter", "state", ranks, summed)]
     ranks = sharing.heads_ranks
     if ranks > 1:
         forward += [Exchange("heads for tokens", "all_to_all", "heads", ranks, output)]

@@ -23,17 +23,18 @@ MEGATRON_VERSION = "0.16.1"
 _installed: tuple[str, str] | None = None
 
 
-def install(device: str = "auto", backend: str = "torch") -> torch.device:
+def install(device: str = "auto", backend: str = "torch", attention: str = "torch") -> torch.device:
     """Prepares this process for megatron-core and returns the device that it computes on.
 
     Args:
         device: ``auto`` takes the GPU of this rank where there is one, else the CPU.
         backend: ``torch`` needs nothing but torch and megatron-core; ``transformer_engine`` lets
             megatron-core use TransformerEngine's fused optimizer.
+        attention: `runtime.attention`, for its check alone.
 
     Raises:
         ConfigError: a GPU was asked for where there is none, a CPU where there is a GPU, or
-            TransformerEngine where it is not installed.
+            TransformerEngine or flash-attn where it cannot be used.
         RuntimeMismatch: another megatron-core than the one this code was written for, a symbol
             that it adapts is gone, or megatron-core was imported before this call.
     """
@@ -55,6 +56,16 @@ def install(device: str = "auto", backend: str = "torch") -> torch.device:
             "runtime.backend=transformer_engine, but TransformerEngine is not installed: "
             "pip install megakda[gpu], or use runtime.backend=torch"
         )
+    if attention == "flash_attn":
+        if not has_gpu:
+            raise ConfigError(
+                "runtime.attention=flash_attn, but torch sees no GPU: use runtime.attention=torch"
+            )
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ConfigError(
+                "runtime.attention=flash_attn, but flash-attn is not installed: pip install "
+                "flash-attn (2.7 or later), or use runtime.attention=torch"
+            )
     kind = "cuda" if has_gpu else "cpu"
     if _installed is None:
         _check_versions()

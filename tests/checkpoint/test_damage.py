@@ -94,11 +94,6 @@ WRONG = {
         lambda folder: None,
         ["nothing", "not a complete checkpoint"],
     ),
-    "no weights to begin with": (
-        ["train.out={folder}/other", "train.weights={folder}/nothing"],
-        lambda folder: None,
-        ["train.weights=", "nothing", "not a complete checkpoint"],
-    ),
     "fresh run over an old one": (
         ["train.resume=none"],
         lambda folder: None,

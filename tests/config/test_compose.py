@@ -195,6 +195,11 @@ RULES = {
         ["parallel.context_heads=2", "parallel.context_mode=state", "null"],
     ),
     "unknown layout": (["parallel.context_layout=zig"], 1, ["parallel.context_layout=zig"]),
+    "flash-attn in fp32": (
+        ["runtime.attention=flash_attn"],
+        1,
+        ["runtime.attention=flash_attn", "precision=fp32", "precision=bf16"],
+    ),
     "head groups without recomputation": (
         ["parallel.recompute_head_groups=2"],
         1,

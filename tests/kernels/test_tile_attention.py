@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from megakda.kernels import tile_attention
+from megakda.kernels import tile_attention, tile_engines
 from megakda.kernels.tile_attention import (
     Tile,
     attend_tiles,
@@ -42,14 +42,14 @@ Block = tuple[int, Sequence[Tile]]
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A backend's name; "gpu" is what "torch" runs on a GPU."""
     if request.param == "gpu":
-        monkeypatch.setattr(tile_attention, "_CPU", tile_attention._GPU)
+        monkeypatch.setattr(tile_engines, "_CPU", tile_engines._GPU)
         with torch.library._scoped_library("aten", "IMPL") as library:
             library.impl("_efficient_attention_forward", efficient_forward, "CPU")
             library.impl("_efficient_attention_backward", efficient_backward, "CPU")
             yield "torch"
         return
     if request.param == "flash_attn":
-        monkeypatch.setattr(tile_attention, "_flash_attn", lambda q: FlashAttention())
+        monkeypatch.setattr(tile_engines, "_flash_attn", lambda q: FlashAttention())
     yield request.param
 
 
@@ -339,13 +339,13 @@ def test_short_documents_of_a_length_share_a_call(
 ) -> None:
     """And long ones, which would be copied for nothing, do not."""
     lengths = []
-    engine = tile_attention._CPU
+    engine = tile_engines._CPU
 
     def forward(batch: list[Tile], *rest: Any) -> Any:
         lengths.append([tile.queries for tile in batch])
         return engine.forward(batch, *rest)
 
-    monkeypatch.setattr(tile_attention, "_CPU", engine._replace(forward=forward))
+    monkeypatch.setattr(tile_engines, "_CPU", engine._replace(forward=forward))
     documents = [8, 5] * 30 + [1500, 1500]
     starts = [0, *itertools.accumulate(length + gap for length in documents)]
     tiles = [Tile(a, a + n, a, a + n, True) for a, n in zip(starts, documents, strict=False)]
@@ -386,7 +386,7 @@ def test_shapes_on_a_gpu(causal: bool) -> None:
     out, lse = empty_attention(x["q"], 16)
     attend_tiles(x["q"], x["k"], x["v"], tiles, SCALE, out, lse)
     rows = [torch.cat([x[name][:33], x[name][35:68]]) for name in "qkv"]
-    out, lse = tile_attention._forward_gpu(tile_attention._Batch(tiles), *rows, SCALE)
+    out, lse = tile_engines._forward_gpu(tile_engines.Batch(tiles), *rows, SCALE)
     assert out.shape == (66, 2, 16) and lse.shape == (66, 2)
 
 
@@ -417,7 +417,7 @@ def pretend_flash_attn(monkeypatch: pytest.MonkeyPatch, version: str) -> ModuleT
 def test_flash_attn_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     interface = pretend_flash_attn(monkeypatch, "2.8.3.post1")
     q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert tile_attention._flash_attn(q) is interface  # type: ignore[arg-type]
+    assert tile_engines._flash_attn(q) is interface  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -173,4 +173,4 @@ def test_variants(many_ranks, corpus, one_rank, variant):
     overrides = [*model, "parallel.context=4", "parallel.context_mode=state"]
     args = (overrides, corpus, bounds, STEPS)
     found = many_ranks.run(4, context_jobs.train_documents, *args)[0]
-    check(found, one_rank(model, bounds))
+    check(found, one_rank([o for o in model if "recompute" not in o], bounds))

@@ -50,6 +50,40 @@ def test_ranks_that_disagree_about_documents(ranks, corpus, world, overrides):
         assert "data.paths" in message
 
 
+def _train_on_other_data(overrides: list[str], corpus: Any, packed: bool, odd_rank: int) -> Any:
+    """A step in which one rank reads other tokens than those that it shares sequences with."""
+    import torch
+
+    packing = f"data.packing={'documents' if packed else 'none'}"
+    with jobs.trainer([packing, "train.eval_batches=1", *overrides], corpus) as run:
+        odd = torch.distributed.get_rank() == odd_rank
+        run.step(run._batches(run.datasets.train, 0))
+        run.validate()
+        try:
+            run.step(run._batches(run.datasets.train, 40 if odd else 4))
+        except CommunicationError as error:
+            return str(error)
+    raise AssertionError("nothing was noticed")
+
+
+OTHER_DATA = {
+    "context": (2, ["parallel.context=2"], False),
+    "tensor": (2, ["parallel=tp2"], False),
+    "pipeline": (2, ["parallel=pp2"], False),
+    "packed_pipeline": (2, ["parallel=pp2"], True),
+    "interleaved": (4, ["parallel=pp2_vpp2", "parallel.context=2"], False),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_DATA)
+def test_ranks_that_read_other_data(ranks, corpus, case):
+    world, overrides, packed = OTHER_DATA[case]
+    messages = ranks.run(world, _train_on_other_data, overrides, corpus, packed, odd_rank=1)
+    for message in messages:
+        assert "cu_seqlens" in message or "have read others in step 2" in message
+        assert "compare data.paths" in message
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_a_context_that_cannot_be_cut(layout):
     config = compose(
@@ -137,6 +171,6 @@ def test_a_peer_that_is_gone(tmp_path, corpus, mode, attention, fault):
         seconds, _, message = (tmp_path / str(rank)).read_text().partition(" ")
         assert float(seconds) < 2.5 * TIMEOUT
         assert f"failed on rank {rank}" in message
-        assert mode == "trainer" or "3 ranks of parallel.context" in message
+        assert mode == "trainer" or "among 3 ranks that share sequences" in message
         assert "another rank has died or does not answer" in message
         assert "runtime.timeout_minutes" in message

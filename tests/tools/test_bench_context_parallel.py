@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import megakda
+from megakda.bench import context_parallel
+from megakda.bench.context_parallel import ALONE, Case, Sizes, cases, measure
 from megakda.config import compose
 from megakda.config.schema import LinearAttentionConfig, MLAConfig
 from megakda.errors import CommunicationError
-from megakda.layers import context_bench
-from megakda.layers.context_bench import ALONE, Case, Sizes, cases, measure
 from megakda.layers.context_layout import ContextLayout
 from megakda.models.context_cost import Sharing, kda_traffic, mla_traffic
 from tests.layers.context_jobs import world
@@ -105,7 +105,7 @@ def test_two_levels_on_four_ranks(ranks):
 
 def timed(wanted):
     with world():
-        found = context_bench._time(wanted, SIZES, repeats=1)
+        found = context_parallel._time(wanted, SIZES, repeats=1)
         return [(times.forward_bytes, times.backward_bytes) for times in found]
 
 
@@ -116,7 +116,7 @@ def test_what_cannot_run(run, capsys):
     with pytest.raises(ValueError, match="3 heads cannot be shared by 2 ranks"):
         measure(cases(["kda"], [2], {"kda": [64]}), Sizes(heads=3), 1)
     with pytest.raises(CommunicationError, match="(?s)rank . of 2 failed: .*'odd'"):
-        context_bench._world(2, {}, fail, "odd")
+        context_parallel._world(2, {}, fail, "odd")
 
 
 def fail(what):

@@ -240,13 +240,25 @@ def range_ends(
     dfinal: torch.Tensor | None,
     plan: ChunkPlan,
     fused: Fused,
+    before: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The gradients of the states that walks end with, and the table of the walks back."""
+    """The gradients of the states that walks end with, and the table of the walks back.
+
+    Args:
+        before: `range_gradients`, if they are there already.
+    """
     if maps is None or plan.split is None:
         return dfinal, plan.sequences
-    before = state_like(do, len(maps), maps.shape[2], do.shape[-1])
-    walk_back(intra, do, plan.split.maps, None, fused, None, None, before)
+    if before is None:
+        before = range_gradients(intra, do, plan.split, fused)
     return fold_ranges(maps, before, dfinal, plan.split), plan.split.maps
+
+
+def range_gradients(intra: Intra, do: torch.Tensor, split: Split, fused: Fused) -> torch.Tensor:
+    """What each range's own outputs give the state before it, fp32 [R, HV, K, V]."""
+    before = state_like(do, len(split.maps), intra.k_out.shape[-1], do.shape[-1])
+    walk_back(intra, do, split.maps, None, fused, None, None, before)
+    return before
 
 
 def maps_of(intra: Intra, v: torch.Tensor, table: torch.Tensor, fused: Fused) -> torch.Tensor:

@@ -37,6 +37,7 @@ from megakda.kernels.kda.checks import (
 from megakda.kernels.kda.chunk_packed import packed_kda_torch
 from megakda.kernels.kda.chunk_torch import initial_state_gradient
 from megakda.kernels.kda.op import activate, triton_setup
+from megakda.kernels.kda.plan import index_tensor
 
 Wait = Callable[[], torch.Tensor]
 
@@ -135,17 +136,17 @@ def linked_kda(
     bounds = sequence_bounds(inputs, cu_seqlens)
     assert bounds is not None
     check_initial_state(inputs, options, bounds)
-    if choose_backend(backend, v.device, ("torch", "triton")) == "triton":
-        check_triton(inputs, options, recurrent=False)
-        # Triton is an optional dependency where there is no GPU.
-        from megakda.kernels.kda.linked_triton import linked_kda_triton
-
-        fused, plan, A_log, dt_bias = triton_setup(inputs, options, bounds)
-        return linked_kda_triton(
-            *inputs, A_log, dt_bias, initial_state, plan, fused, links, output_final_state
-        )
-    # Autocast would run the fp32 matrix products in half precision.
+    # Autocast would run the fp32 matrix products in half precision, those of the exchange too.
     with torch.autocast(v.device.type, enabled=False):
+        if choose_backend(backend, v.device, ("torch", "triton")) == "triton":
+            check_triton(inputs, options, recurrent=False)
+            # Triton is an optional dependency where there is no GPU.
+            from megakda.kernels.kda.linked_triton import linked_kda_triton
+
+            fused, plan, A_log, dt_bias = triton_setup(inputs, options, bounds)
+            return linked_kda_triton(
+                *inputs, A_log, dt_bias, initial_state, plan, fused, links, output_final_state
+            )
         dtype = torch.promote_types(v.dtype, torch.float32)
         active = (x.to(dtype) for x in activate(inputs, options))
         o, final_state = _LinkedKDA.apply(*active, initial_state, options, bounds, links)
@@ -178,7 +179,7 @@ class _LinkedKDA(torch.autograd.Function):
             start = v.new_zeros(len(bounds) - 1, *states.shape[1:], dtype=dtype)
         else:
             start = initial_state.to(dtype, copy=True)
-        start[list(links.entering)] = states.to(dtype)
+        start[index_tensor(links.entering, v.device)] = states.to(dtype)
         needs = ctx.needs_input_grad[:6]
         leaves = [x.detach().requires_grad_(n) for x, n in zip(inputs, needs[:5], strict=True)]
         start.requires_grad_(needs[5])
@@ -201,6 +202,11 @@ class _LinkedKDA(torch.autograd.Function):
     def backward(ctx: Any, do: torch.Tensor, dfinal: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, g, beta, maps = ctx.saved_tensors
         scale, bounds, links, settings = ctx.constants
+        if ctx.inside is None:
+            raise RuntimeError(
+                "linked_kda: the backward pass ran a second time; what it needs is freed after the "
+                "first (retain_graph=True is not supported)"
+            )
         leaves, start, o, final_state = ctx.inside
         ctx.inside = None
         direct = [
@@ -210,12 +216,12 @@ class _LinkedKDA(torch.autograd.Function):
         empty = dfinal.new_empty(0, *dfinal.shape[1:])
         wait = links.exchange.backward(torch.cat([empty, *direct]), maps)
         dfinal = dfinal.clone()
-        dfinal[list(links.leaving)] += wait().to(dfinal.dtype)
+        dfinal[index_tensor(links.leaving, v.device)] += wait().to(dfinal.dtype)
         wanted = [x for x in (*leaves, start) if x.requires_grad]
         found = iter(torch.autograd.grad((o, final_state), wanted, (do, dfinal)))
         gradients = [next(found) if x.requires_grad else None for x in (*leaves, start)]
         if gradients[5] is not None:
-            gradients[5][list(links.entering)] = 0
+            gradients[5][index_tensor(links.entering, v.device)] = 0
             gradients[5] = gradients[5].float()
         return *gradients, None, None, None
 
@@ -264,9 +270,10 @@ def with_initial_states(
     if initial_state is None:
         return maps
     value_dim = initial_state.shape[-1]
-    begins = [i for i, n in enumerate(links.leaving) if n not in links.entering]
-    numbers = [links.leaving[i] for i in begins]
+    begins = tuple(i for i, n in enumerate(links.leaving) if n not in links.entering)
+    numbers = tuple(links.leaving[i] for i in begins)
+    places = index_tensor(begins, maps.device)
+    states = initial_state[index_tensor(numbers, maps.device)].to(maps.dtype)
     maps = maps.clone()
-    m = maps[begins, ..., value_dim:]
-    maps[begins, ..., :value_dim] += m @ initial_state[numbers].to(maps.dtype)
+    maps[places, ..., :value_dim] += maps[places, ..., value_dim:] @ states
     return maps

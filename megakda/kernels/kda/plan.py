@@ -132,3 +132,9 @@ def chunks_per_range(
     # leaves pieces well below half of that, and while there are processors without work.
     wanted = max(MIN_CHUNKS_PER_RANGE, -(-total * programs // cores))
     return wanted if 3 * wanted <= longest else None
+
+
+@lru_cache(maxsize=1024)
+def index_tensor(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int64 numbers on a device; cached, since copying them there makes the host wait."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)

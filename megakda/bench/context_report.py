@@ -1,4 +1,4 @@
-"""Tables and files of `context_bench`."""
+"""Tables and files of `context_parallel`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megakda.layers.context_bench import ALONE, Row, Sizes, as_data
+from megakda.bench.context_parallel import ALONE, Row, Sizes, as_data
 
 HEAD: tuple[str, ...] = ("layer", "tokens", "ranks", "mode", "layout", "forward ms", "backward ms")
 HEAD += ("forward KiB", "backward KiB", "peak MiB", "of one rank's")

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from megakda.errors import CommunicationError
+from megakda.errors import CommunicationError, RuntimeMismatch
 from megakda.layers.context_layout import LAYOUTS, ContextLayout, Documents
 from megakda.runtime import install
 from megakda.runtime.collectives import Collective, record_collectives
@@ -127,7 +127,7 @@ def measure(
         ContextLayout(case.layout, case.ranks).segment_length(case.tokens)
         if sizes.heads % case.ranks and case.mode in ("heads", "two_level"):
             raise ValueError(
-                f"{sizes.heads} heads cannot be shared by {case.ranks} ranks: use a multiple"
+                f"{sizes.heads} heads cannot be shared by {case.ranks} ranks: raise --heads"
             )
     rows: dict[Case, Row] = {}
     for ranks in dict.fromkeys(case.ranks for case in wanted):
@@ -353,7 +353,7 @@ def _anonymous_bytes() -> int:
         for line in status:
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) << 10
-    raise RuntimeError("/proc/self/status has no RssAnon: memory is measured on Linux alone")
+    raise RuntimeMismatch("/proc/self/status has no RssAnon: memory is measured on Linux alone")
 
 
 # ------------------------------------------------------------------ worlds
