@@ -83,7 +83,7 @@ def test_what_hides_the_exchange_of_states(model):
     few, many = (predict_kda(model, sharing(8), 1, n) for n in (1 << 12, 1 << 21))
     halos = 2 * ASSUMED.latency
     assert few.exposed > 0.5 * few.exchange
-    assert many.exposed == pytest.approx(halos, rel=0.2)  # they are waited for
+    assert many.exposed == pytest.approx(halos, rel=0.3)  # they are waited for
     assert many.extra == pytest.approx(512 * few.extra)
     assert 0.2 < many.extra / many.compute < 1
     heads = predict_kda(model, sharing(8, "heads", 8), 1, 1 << 21)
