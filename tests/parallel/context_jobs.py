@@ -59,9 +59,14 @@ def batches(bounds: Sequence[int], rows: int = 1) -> Iterator[dict[str, torch.Te
 
 
 def train_documents(
-    overrides: Sequence[str], corpus: Any, bounds: Sequence[int], steps: int, rows: int = 1
+    overrides: Sequence[str],
+    corpus: Any,
+    bounds: Sequence[int],
+    steps: int,
+    rows: int = 1,
+    global_batch: int = 2,
 ) -> dict[str, Any]:
-    """`steps` steps on batches with these documents.
+    """`steps` steps on batches with these documents; every second micro-batch has padding.
 
     Returns:
         losses and gradient norms; of the first step, on rank 0, the gradients of all parameters,
@@ -69,8 +74,8 @@ def train_documents(
     """
     settings = [
         f"train.context={bounds[-1] // rows}",
-        "train.global_batch=2",
-        f"train.micro_batch={rows}" if rows == 1 else "train.micro_batch=2",
+        f"train.global_batch={global_batch}",
+        f"train.micro_batch={rows}",
         "data.packing=documents",
         *overrides,
     ]

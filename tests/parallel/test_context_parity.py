@@ -63,10 +63,10 @@ def one_rank(many_ranks, corpus):
     """The same run on one rank; computed once each."""
     cache = {}
 
-    def reference(model, bounds, rows=1):
-        key = (*model, *bounds, rows)
+    def reference(model, bounds, rows=1, global_batch=2):
+        key = (*model, *bounds, rows, global_batch)
         if key not in cache:
-            args = (list(model), corpus, bounds, STEPS, rows)
+            args = (list(model), corpus, bounds, STEPS, rows, global_batch)
             cache[key] = many_ranks.run(1, context_jobs.train_documents, *args)[0]
         return cache[key]
 
@@ -107,8 +107,9 @@ def test_matrix(
     bounds = context_jobs.DOCUMENTS[documents]
     overrides = [*model, *parallel(context, mode, layout, tensor, recompute, attention)]
     world = context * int(tensor[0])
-    found = many_ranks.run(world, context_jobs.train_documents, overrides, corpus, bounds, STEPS)[0]
-    check(found, one_rank(model, bounds))
+    args = (overrides, corpus, bounds, STEPS)
+    found = many_ranks.run(world, context_jobs.train_documents, *args, global_batch=1)[0]
+    check(found, one_rank(model, bounds, global_batch=1))
 
 
 def test_the_selection_covers_every_pair():
@@ -131,6 +132,20 @@ OTHERS = {
     # Ranks without a single real token
     "mostly_padding": (4, ["parallel.context=4", "parallel.expert=2"], [0, 4, 48], 1),
     "pipeline": (4, ["parallel.context=2", "parallel.pipeline=2"], [0, 3, 46, 48], 1),
+    "everything": (
+        8,
+        [
+            *(
+                "parallel.context=2",
+                "parallel.tensor=2",
+                "parallel.pipeline=2",
+                "parallel.expert=4",
+            ),
+            "parallel.recompute=full",
+        ],
+        [0, 5, 25, 26, 45, 48],
+        1,
+    ),
     "interleaved": (
         4,
         ["parallel.context=2", "parallel=pp2_vpp2", "parallel.recompute=full"],

@@ -149,10 +149,9 @@ def _until_a_fault(
     ("mode", "attention", "fault"),
     [
         ("state", "", "dead"),
-        ("state", "", "stuck"),
-        ("heads", "", "dead"),
+        ("heads", "", "stuck"),
         ("state", "all_gather", "dead"),
-        ("state", "ring", "stuck"),
+        ("state", "ring", "dead"),
         ("trainer", "", "dead"),
         ("trainer", "", "stuck"),
     ],

@@ -14,6 +14,7 @@ MOE_LAYOUTS = {
     "pp2_vpp2": (2, ["parallel=pp2_vpp2"]),
     "ep2": (2, ["parallel=ep2"]),
     "dp2": (2, []),
+    "cp2": (2, ["parallel.context=2", "train.micro_batch=2"]),
     "dp2_plain_optimizer": (2, ["parallel.distributed_optimizer=false"]),
     "dp2_overlap": (
         2,
