@@ -24,7 +24,7 @@ from megakda.kernels.kda import kda_gate
 from megakda.layers import initializers
 from megakda.layers.context_layout import Documents
 from megakda.layers.context_parallel import ALONE, ContextParallel
-from megakda.layers.kda_context_parallel import kda_context_parallel
+from megakda.layers.kda_context_parallel import kda_context_parallel, of_heads
 from megakda.layers.linear import (
     ReplicatedLinear,
     column_parallel,
@@ -236,7 +236,7 @@ class KimiDeltaAttention(MegatronModule):
         q, k [b, S, H, K], v [b, S, H, V], decay [b, S, H, K or 1] and beta [b, S, H] before their
         activations -> [b, S, H, V]; S is this rank's share of the tokens.
         """
-        A_log, dt_bias = (self._of_heads(p, heads) for p in (self.A_log, self.dt_bias))
+        A_log, dt_bias = (of_heads(p, self.num_heads, heads) for p in (self.A_log, self.dt_bias))
         if self.watch and torch.is_grad_enabled():
             with torch.no_grad():
                 self._record(kda_gate(decay, A_log, dt_bias, self._lower_bound), beta)
@@ -251,7 +251,9 @@ class KimiDeltaAttention(MegatronModule):
             beta,
             context=self.context,
             documents=documents,
-            conv_weights=[self._of_heads(ready_weight(conv), heads) for conv in convolutions],
+            conv_weights=[
+                of_heads(ready_weight(conv), self.num_heads, heads) for conv in convolutions
+            ],
             A_log=A_log,
             dt_bias=dt_bias,
             lower_bound=self._lower_bound,
@@ -260,10 +262,6 @@ class KimiDeltaAttention(MegatronModule):
             use_beta_sigmoid_in_kernel=True,
         )
         return out
-
-    def _of_heads(self, parameter: torch.Tensor, heads: slice) -> torch.Tensor:
-        """The part of a parameter whose first axis follows this rank's heads."""
-        return parameter.unflatten(0, (self.num_heads, -1))[heads].flatten(0, 1)
 
     @property
     def _lower_bound(self) -> float | None:

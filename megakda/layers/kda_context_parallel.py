@@ -91,10 +91,8 @@ def kda_context_parallel(
         mine = slice(context.heads_group.rank() * share, (context.heads_group.rank() + 1) * share)
         q, k, v, g, beta = _tokens_for_heads((q, k, v, g, beta), context)
         if conv_weights:
-            conv_weights = [_of_heads(weight, heads, mine) for weight in conv_weights]
-        A_log, dt_bias = (
-            None if x is None else _of_heads(x, heads, mine) for x in (A_log, dt_bias)
-        )
+            conv_weights = [of_heads(weight, heads, mine) for weight in conv_weights]
+        A_log, dt_bias = (None if x is None else of_heads(x, heads, mine) for x in (A_log, dt_bias))
 
     rows, tokens = q.shape[:2]
     plan = context.state_plan(documents)
@@ -184,8 +182,8 @@ def _by_neighbour(x: torch.Tensor, layout: ContextLayout, neighbours: int) -> to
     return torch.stack(ordered, 2).movedim(1, 0).flatten(2, 3)
 
 
-def _of_heads(parameter: torch.Tensor, heads: int, mine: slice) -> torch.Tensor:
-    """The part of a parameter whose first axis follows the heads."""
+def of_heads(parameter: torch.Tensor, heads: int, mine: slice) -> torch.Tensor:
+    """The part of a parameter whose first axis follows the heads that belongs to some of them."""
     return parameter.unflatten(0, (heads, -1))[mine].flatten(0, 1)
 
 
@@ -206,37 +204,35 @@ class _StateExchange:
         """The segments' slots of pieces."""
         return index_tensor(tuple(self.plan.pieces[n].segment for n in numbers), device)
 
-    def _begun(self, device: torch.device) -> torch.Tensor:
-        """The slots of pieces that leave and that nothing enters."""
-        pieces = self.plan.pieces
-        return self._slots([n for n in self.plan.leaving if not pieces[n].enters], device)
+    def _filled(self, maps: torch.Tensor, value_dim: int) -> torch.Tensor:
+        """Maps of the pieces that leave in their slots; no M where nothing enters the piece."""
+        pieces, leaving = self.plan.pieces, self.plan.leaving
+        begun = [n for n in leaving if not pieces[n].enters]
+        slots = maps.new_zeros(self.plan.slots, *maps.shape[1:])
+        slots[self._slots(leaving, maps.device)] = maps
+        slots[self._slots(begun, maps.device), ..., value_dim:] = 0
+        return slots
 
     def forward(self, maps: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Maps [leaving, H, K, V + K], E before M -> states [entering, H, K, V]."""
         value_dim = maps.shape[-1] - maps.shape[-2]
-        device = maps.device
-        slots = maps.new_zeros(self.plan.slots, *maps.shape[1:])
-        slots[self._slots(self.plan.leaving, device)] = maps
-        slots[self._begun(device), ..., value_dim:] = 0
+        slots = self._filled(maps, value_dim)
         gathered = self._start(slots, "the exchange of KDA states")
 
         def wait() -> torch.Tensor:
             segments = gathered()
             affine = [(x[..., value_dim:], x[..., :value_dim]) for x in segments]
             states, _ = fold(affine, torch.zeros_like(affine[0][1]))
-            return self._held(states)[self._slots(self.plan.entering, device)]
+            return self._held(states)[self._slots(self.plan.entering, maps.device)]
 
         return wait
 
     def backward(self, direct: torch.Tensor, maps: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Gradients of states [entering, H, K, V] and the maps -> [leaving, H, K, V]."""
         value_dim = direct.shape[-1]
-        device = maps.device
-        slots = maps.new_zeros(self.plan.slots, *maps.shape[1:])
-        slots[self._slots(self.plan.leaving, device)] = maps
-        slots[self._begun(device)] = 0
+        slots = self._filled(maps, value_dim)
         slots[..., :value_dim] = 0
-        slots[self._slots(self.plan.entering, device), ..., :value_dim] = direct
+        slots[self._slots(self.plan.entering, maps.device), ..., :value_dim] = direct
         gathered = self._start(slots, "the exchange of KDA states' gradients")
 
         def wait() -> torch.Tensor:
@@ -244,7 +240,7 @@ class _StateExchange:
             affine = [(x[..., value_dim:], x[..., :value_dim]) for x in segments]
             own = [e for _, e in affine]
             gradients, _ = fold_backward(affine, own, torch.zeros_like(own[0]))
-            return self._held(gradients)[self._slots(self.plan.leaving, device)]
+            return self._held(gradients)[self._slots(self.plan.leaving, maps.device)]
 
         return wait
 

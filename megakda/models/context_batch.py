@@ -75,7 +75,8 @@ class SameBatches:
 
     def __init__(self) -> None:
         self._sharers = parallel_state.get_tensor_and_context_parallel_group()
-        self._stages = parallel_state.get_pipeline_model_parallel_group()
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        self._groups = [group for group in (self._sharers, stages) if group.size() > 1]
         self._digest: int | None = None  # of the step so far; None where nothing was read
 
     def see(self, batch: dict[str, torch.Tensor], documents: Documents | None) -> None:
@@ -84,35 +85,35 @@ class SameBatches:
         Raises:
             CommunicationError: another rank of the stage has other documents; on all of them.
         """
-        if self._sharers.size() == self._stages.size() == 1:
+        if not self._groups:
             return
         digest = zlib.crc32(batch["tokens"].numpy().data)
         if documents is not None:
-            digest = zlib.crc32(repr(documents).encode(), digest)
-            _compare_documents(documents, self._sharers)
+            bounds = zlib.crc32(repr(documents).encode())
+            digest += bounds
+            _compare_documents(documents, bounds, self._sharers)
         self._digest = (self._digest or 0) + digest  # stages may read in another order
 
     def differ(self) -> bool:
         """Whether another rank read something else since the last call. Collective."""
+        if not self._groups:
+            return False
         nothing = -(2**62)
         own = [nothing, nothing] if self._digest is None else [self._digest, -self._digest]
         self._digest = None
         extremes = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())
-        for group in (self._sharers, self._stages):
-            if group.size() > 1:
-                torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group)
+        for group in self._groups:
+            torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group)
         highest, lowest = extremes.tolist()
         return highest != nothing and highest != -lowest
 
 
-def _compare_documents(documents: Documents, group: torch.distributed.ProcessGroup) -> None:
+def _compare_documents(
+    documents: Documents, digest: int, group: torch.distributed.ProcessGroup
+) -> None:
     if group.size() == 1:
         return
-    own = torch.tensor(
-        [zlib.crc32(repr(documents).encode())],
-        dtype=torch.int64,
-        device=torch.cuda.current_device(),
-    )
+    own = torch.tensor([digest], dtype=torch.int64, device=torch.cuda.current_device())
     found = own.new_empty(group.size())
     with exchange("the comparison of cu_seqlens", group):
         torch.distributed.all_gather_into_tensor(found, own, group=group)
