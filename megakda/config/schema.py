@@ -56,6 +56,8 @@ class MoEConfig:
     num_shared_experts: int = 1
     first_dense_layers: int = 1
     routed_scaling_factor: float = 2.446
+    num_groups: int = 1  # groups of experts, for group-limited routing; 1: none
+    top_groups: int = 1  # groups that a token may choose its experts from
     router_dtype: str = _choice("fp32", "fp64")  # of logits and scores; the weights stay fp32
     bias_update_rate: float = 1e-3
 

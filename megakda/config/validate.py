@@ -8,7 +8,7 @@ from typing import Any
 
 from megakda.config.layout import chunk_layers
 from megakda.config.pattern import layer_kinds
-from megakda.config.schema import Config
+from megakda.config.schema import Config, MoEConfig
 from megakda.errors import ConfigError
 
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")
@@ -212,11 +212,37 @@ def _check_model(config: Config) -> None:
                 f"model.moe.top_k={m.moe.top_k}: must be between 1 and model.moe.num_experts="
                 f"{m.moe.num_experts}"
             )
+        _check_expert_groups(m.moe)
         if m.moe.first_dense_layers >= m.num_layers:
             raise ConfigError(
                 f"model.moe.first_dense_layers={m.moe.first_dense_layers} leaves no MoE layer of "
                 f"model.num_layers={m.num_layers}: lower it, or set model.ffn=dense"
             )
+
+
+def _check_expert_groups(moe: MoEConfig) -> None:
+    """Group-limited routing: groups of equal size, enough of them for top_k experts."""
+    if moe.num_groups < 1 or moe.num_experts % moe.num_groups:
+        raise ConfigError(
+            f"model.moe.num_groups={moe.num_groups} must divide model.moe.num_experts="
+            f"{moe.num_experts}; 1 switches groups off"
+        )
+    size = moe.num_experts // moe.num_groups
+    if moe.num_groups > 1 and size < 2:
+        raise ConfigError(
+            f"model.moe.num_groups={moe.num_groups} leaves groups of {size} expert, and a group is "
+            "judged by its two best: lower model.moe.num_groups"
+        )
+    if not 1 <= moe.top_groups <= moe.num_groups:
+        raise ConfigError(
+            f"model.moe.top_groups={moe.top_groups} must be in 1..model.moe.num_groups="
+            f"{moe.num_groups}"
+        )
+    if moe.top_k > moe.top_groups * size:
+        raise ConfigError(
+            f"model.moe.top_k={moe.top_k} exceeds the {moe.top_groups * size} experts of "
+            f"model.moe.top_groups={moe.top_groups} groups: raise model.moe.top_groups"
+        )
 
 
 def _check_context(config: Config) -> None:

@@ -22,8 +22,10 @@ from megakda.config.schema import LinearAttentionConfig
 from megakda.kernels.gated_norm import gated_rms_norm
 from megakda.kernels.kda import kda_gate
 from megakda.layers import initializers
+from megakda.layers.cached import CachedTokens, LinearCache
 from megakda.layers.context_layout import Documents
 from megakda.layers.context_parallel import ALONE, ContextParallel
+from megakda.layers.kda_cached import MixerWeights, mix_cached
 from megakda.layers.kda_context_parallel import kda_context_parallel, of_heads
 from megakda.layers.linear import (
     ReplicatedLinear,
@@ -168,17 +170,19 @@ class KimiDeltaAttention(MegatronModule):
         self,
         hidden_states: torch.Tensor,
         attention_mask: Any = None,
-        packed_seq_params: Documents | None = None,
+        packed_seq_params: Documents | CachedTokens | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """[s, b, h] -> ([s, b, h], no bias).
 
         s is this rank's share under sequence and context parallelism. Causal by construction; state
         and convolution begin afresh with each of the documents of `packed_seq_params` where that
-        is given. `attention_mask` and the other arguments of megatron-core's attention interface
-        are not used.
+        is given, and go on from a cache with `CachedTokens`. `attention_mask` and the other
+        arguments of megatron-core's attention interface are not used.
         """
-        if self.head_groups and self.training:
+        if isinstance(packed_seq_params, CachedTokens):
+            mixed = self._forward_cached(packed_seq_params, hidden_states)
+        elif self.head_groups and self.training:
             mixed = tensor_parallel.checkpoint(
                 partial(self._forward, packed_seq_params), False, hidden_states
             )
@@ -188,20 +192,10 @@ class KimiDeltaAttention(MegatronModule):
 
     def _forward(self, documents: Documents | None, hidden_states: torch.Tensor) -> torch.Tensor:
         """Projections, mixing, norm and output projection; shapes as in `forward`."""
-        projections = [self.q_proj, self.k_proj, self.v_proj, self.b_proj]
-        if self.linear.mixer == "gdn":
-            projections.append(self.a_proj)
-        q, k, v, beta, *rest = project_together(hidden_states, projections)
-        if self.linear.mixer == "kda":
-            decay, _ = self.f_b_proj(self.f_a_proj(hidden_states))
-        else:
-            (decay,) = rest
-        gate = None
-        if self.linear.output_gate != "none":
-            gate, _ = self.g_b_proj(self.g_a_proj(hidden_states))
+        inputs, gate = self._project(hidden_states)
 
         # [S, b, ...] -> [b, S, ...], the kernels' layout
-        q, k, v, beta, decay = (t.transpose(0, 1) for t in (q, k, v, beta, decay))
+        q, k, v, decay, beta = (t.transpose(0, 1) for t in inputs)
         if documents is None:
             documents = Documents.whole_rows(len(q), q.shape[1] * self.context.layout.ranks)
         whole = [t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v, decay)] + [beta]
@@ -220,6 +214,55 @@ class KimiDeltaAttention(MegatronModule):
         if gate is not None:
             gate = gate.view(out.shape)
         return self.o_proj(self.o_norm(out, gate).flatten(2))[0]
+
+    def _project(
+        self, hidden_states: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """[s, b, h] -> q, k, v, decay and beta [S, b, ...], and the output gate if there is one."""
+        projections = [self.q_proj, self.k_proj, self.v_proj, self.b_proj]
+        if self.linear.mixer == "gdn":
+            projections.append(self.a_proj)
+        q, k, v, beta, *rest = project_together(hidden_states, projections)
+        if self.linear.mixer == "kda":
+            decay, _ = self.f_b_proj(self.f_a_proj(hidden_states))
+        else:
+            (decay,) = rest
+        gate = None
+        if self.linear.output_gate != "none":
+            gate, _ = self.g_b_proj(self.g_a_proj(hidden_states))
+        return [q, k, v, decay, beta], gate
+
+    def _forward_cached(self, new: CachedTokens, hidden_states: torch.Tensor) -> torch.Tensor:
+        """New tokens of cached sequences, [s, 1, h] -> [s, 1, h]."""
+        inputs, gate = self._project(hidden_states)
+        cache = new.caches[self.layer_number]
+        assert isinstance(cache, LinearCache)
+        weights = MixerWeights(
+            tuple(ready_weight(conv) for conv in self._convolutions),
+            self.A_log,
+            self.dt_bias,
+            self._lower_bound,
+            self.o_norm.weight,
+            self.o_norm.eps,
+            self.o_norm.activation,
+        )
+        inputs = [x.squeeze(1) for x in inputs]
+        mixed = mix_cached(inputs, None if gate is None else gate.squeeze(1), weights, new, cache)
+        return self.o_proj(mixed.unsqueeze(1))[0]
+
+    def make_cache(self, rows: int) -> LinearCache:
+        """An empty cache of `rows` sequences for this layer's share of the heads."""
+        linear, device, dtype = self.linear, self.A_log.device, self.q_proj.weight.dtype
+        shape = (rows, self.num_heads, linear.head_dim_k, linear.head_dim_v)
+        return LinearCache(
+            torch.zeros(shape, device=device),
+            tuple(
+                torch.zeros(
+                    rows, len(conv.weight), linear.conv_kernel - 1, device=device, dtype=dtype
+                )
+                for conv in self._convolutions
+            ),
+        )
 
     def _mix(
         self,
@@ -240,9 +283,6 @@ class KimiDeltaAttention(MegatronModule):
         if self.watch and torch.is_grad_enabled():
             with torch.no_grad():
                 self._record(kda_gate(decay, A_log, dt_bias, self._lower_bound), beta)
-        convolutions = []
-        if self.linear.conv_kernel:
-            convolutions = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
         out, _ = kda_context_parallel(
             q,
             k,
@@ -252,7 +292,7 @@ class KimiDeltaAttention(MegatronModule):
             context=self.context,
             documents=documents,
             conv_weights=[
-                of_heads(ready_weight(conv), self.num_heads, heads) for conv in convolutions
+                of_heads(ready_weight(conv), self.num_heads, heads) for conv in self._convolutions
             ],
             A_log=A_log,
             dt_bias=dt_bias,
@@ -262,6 +302,11 @@ class KimiDeltaAttention(MegatronModule):
             use_beta_sigmoid_in_kernel=True,
         )
         return out
+
+    @property
+    def _convolutions(self) -> list[ShortConvolution]:
+        """Of q, k and v; none without convolution."""
+        return [self.q_conv1d, self.k_conv1d, self.v_conv1d] if self.linear.conv_kernel else []
 
     @property
     def _lower_bound(self) -> float | None:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -19,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megakda.config.schema import MLAConfig
+from megakda.layers.cached import CachedTokens, LatentCache
 from megakda.layers.context_layout import Documents
 from megakda.layers.context_parallel import ALONE, ContextParallel
 from megakda.layers.linear import (
@@ -28,6 +30,7 @@ from megakda.layers.linear import (
     ready_weight,
     row_parallel,
 )
+from megakda.layers.mla_cached import latent_attention_cached
 from megakda.layers.mla_context_parallel import LatentHeads, latent_attention
 from megakda.layers.norm import RMSNorm
 
@@ -99,25 +102,19 @@ class MultiLatentAttention(MegatronModule):
         self,
         hidden_states: torch.Tensor,
         attention_mask: Any = None,
-        packed_seq_params: Documents | None = None,
+        packed_seq_params: Documents | CachedTokens | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """[s, b, h] -> ([s, b, h], no bias).
 
         s is this rank's share under sequence and context parallelism. The mask is causal by
-        construction, within the documents of `packed_seq_params` where that is given;
-        `attention_mask` and the other arguments of megatron-core's attention interface are not
-        used.
+        construction, within the documents of `packed_seq_params` where that is given, or over a
+        cached past with `CachedTokens`; `attention_mask` and the other arguments of megatron-core's
+        attention interface are not used.
         """
-        mla = self.mla
-        latent, k_shared = self.kv_a_proj_with_mqa(hidden_states).split(
-            [mla.kv_lora_rank, mla.qk_shared_head_dim], dim=-1
-        )
-        latent = torch.cat([self.kv_a_layernorm(latent), k_shared], dim=-1)
-        # All heads of all ranks read the latent, so its gradient is a sum over the group.
-        latent = enter_tensor_parallel(latent, self.config.sequence_parallel, self.tp_group)
-        q, _ = self.q_proj(hidden_states)
-        q = q.unflatten(-1, (-1, mla.qk_nope_head_dim + mla.qk_shared_head_dim))
+        q, latent = self._project(hidden_states)
+        if isinstance(packed_seq_params, CachedTokens):
+            return self.o_proj(self._attend_cached(packed_seq_params, q, latent))
         documents = packed_seq_params
         if documents is None and self.context.group is not None:
             rows, tokens = q.shape[1], q.shape[0] * self.context.layout.ranks
@@ -133,20 +130,39 @@ class MultiLatentAttention(MegatronModule):
             out = attend(q, latent, weight)
         return self.o_proj(out)
 
+    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[s, b, h] -> q [S, b, H, n+p] and the normed latent with the shared key [S, b, r+p]."""
+        mla = self.mla
+        latent, k_shared = self.kv_a_proj_with_mqa(hidden_states).split(
+            [mla.kv_lora_rank, mla.qk_shared_head_dim], dim=-1
+        )
+        latent = torch.cat([self.kv_a_layernorm(latent), k_shared], dim=-1)
+        # All heads of all ranks read the latent, so its gradient is a sum over the group.
+        latent = enter_tensor_parallel(latent, self.config.sequence_parallel, self.tp_group)
+        q, _ = self.q_proj(hidden_states)
+        return q.unflatten(-1, (-1, mla.qk_nope_head_dim + mla.qk_shared_head_dim)), latent
+
     def _rotated(
         self, q: torch.Tensor, latent: torch.Tensor, documents: Documents | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary positions, counted from each document's start; shapes as they are."""
         assert self.rotary is not None
-        mla, (tokens, rows) = self.mla, q.shape[:2]
-        latent, k_shared = latent.split([mla.kv_lora_rank, mla.qk_shared_head_dim], dim=-1)
-        q_nope, q_shared = q.split([mla.qk_nope_head_dim, mla.qk_shared_head_dim], dim=-1)
+        tokens, rows = q.shape[:2]
         if documents is None:
             angles = self.rotary(tokens, packed_seq=True)  # [S, 1, 1, p]
         else:  # of this rank's tokens, counted from each document's start
             angles = self.rotary(documents.tokens, packed_seq=True)
             angles = angles[self.context.plan(documents).positions.to(q.device)]
             angles = angles.view(rows, tokens, 1, -1).transpose(0, 1)
+        return self._rotate(q, latent, angles)
+
+    def _rotate(
+        self, q: torch.Tensor, latent: torch.Tensor, angles: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turns the shared dimensions of queries and keys by `angles` [S, 1 or b, 1, p]."""
+        mla = self.mla
+        latent, k_shared = latent.split([mla.kv_lora_rank, mla.qk_shared_head_dim], dim=-1)
+        q_nope, q_shared = q.split([mla.qk_nope_head_dim, mla.qk_shared_head_dim], dim=-1)
         q_shared = apply_rotary_pos_emb(q_shared, angles, self.config)
         k_shared = apply_rotary_pos_emb(k_shared.unsqueeze(2), angles, self.config)
         return (
@@ -161,23 +177,30 @@ class MultiLatentAttention(MegatronModule):
         """
         mla = self.mla
         latent, k_shared = latent.split([mla.kv_lora_rank, mla.qk_shared_head_dim], dim=-1)
-        kv = torch.nn.functional.linear(latent, weight)
+        kv = F.linear(latent, weight)
         k_nope, v = kv.unflatten(-1, (-1, mla.qk_nope_head_dim + mla.v_head_dim)).split(
             [mla.qk_nope_head_dim, mla.v_head_dim], dim=-1
         )
         k = torch.cat([k_nope, k_shared.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale
-        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _attend_documents(
         self, documents: Documents, q: torch.Tensor, latent: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
         """The same within documents, over the whole context-parallel group."""
-        mla, (tokens, rows) = self.mla, q.shape[:2]
-        heads = LatentHeads(
+        tokens, rows = q.shape[:2]
+        q, latent = (x.transpose(0, 1).flatten(0, 1) for x in (q, latent))
+        out = latent_attention(
+            q, latent, weight, heads=self._heads, context=self.context, documents=documents
+        )
+        return out.unflatten(0, (rows, tokens)).transpose(0, 1).flatten(2)
+
+    @property
+    def _heads(self) -> LatentHeads:
+        mla = self.mla
+        return LatentHeads(
             rank=mla.kv_lora_rank,
             key=mla.qk_nope_head_dim,
             shared=mla.qk_shared_head_dim,
@@ -185,8 +208,30 @@ class MultiLatentAttention(MegatronModule):
             scale=self.scale,
             backend=self.attention_backend,
         )
-        q, latent = (x.transpose(0, 1).flatten(0, 1) for x in (q, latent))
-        out = latent_attention(
-            q, latent, weight, heads=heads, context=self.context, documents=documents
+
+    def _attend_cached(
+        self, new: CachedTokens, q: torch.Tensor, latent: torch.Tensor
+    ) -> torch.Tensor:
+        """New tokens of cached sequences: q [S, 1, H, n+p], latent [S, 1, r+p] -> [S, 1, H * v]."""
+        if self.rotary is not None:
+            positions = F.pad(new.positions, (0, len(q) - new.tokens)).float()
+            angles = torch.outer(positions, self.rotary.inv_freq.to(q.device)).repeat(1, 2)
+            q, latent = self._rotate(q, latent, angles[:, None, None])
+        cache = new.caches[self.layer_number]
+        assert isinstance(cache, LatentCache)
+        out = latent_attention_cached(
+            q.squeeze(1),
+            latent.squeeze(1),
+            ready_weight(self.kv_b_proj),
+            heads=self._heads,
+            new=new,
+            cache=cache,
         )
-        return out.unflatten(0, (rows, tokens)).transpose(0, 1).flatten(2)
+        return out.flatten(1).unsqueeze(1)
+
+    def make_cache(self, pages: int, page_size: int) -> LatentCache:
+        """An empty cache of so many pages; every tensor-parallel rank has all of it."""
+        width = self.mla.kv_lora_rank + self.mla.qk_shared_head_dim
+        weight = self.q_proj.weight
+        shape = (pages, page_size, width)
+        return LatentCache(torch.zeros(shape, device=weight.device, dtype=weight.dtype))

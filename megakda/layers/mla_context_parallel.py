@@ -106,7 +106,7 @@ class _LatentAttention(torch.autograd.Function):
         for source, block in _blocks(latent.contiguous(), context):
             tiles = _tiles(context, documents, source)
             if tiles:
-                k, v = _expand(block, weight, heads)
+                k, v = expand(block, weight, heads)
                 attend_tiles(q, k, v, tiles, heads.scale, out, lse, heads.backend)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, latent, weight, out, lse)
@@ -126,7 +126,7 @@ class _LatentAttention(torch.autograd.Function):
             """Adds what this rank's queries give a block [N, r + p], dq and dweight."""
             tiles = _tiles(context, documents, source)
             if tiles:
-                k, v = _expand(block, weight, heads)
+                k, v = expand(block, weight, heads)
                 dk, dv = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
                 attend_tiles_backward(
                     dout, q, k, v, tiles, heads.scale, out, lse, dq, dk, dv, heads.backend
@@ -138,7 +138,7 @@ class _LatentAttention(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def _expand(
+def expand(
     block: torch.Tensor, weight: torch.Tensor, heads: LatentHeads
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents [N, r + p] -> keys [N, H, n + p] and values [N, H, v]."""

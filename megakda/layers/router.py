@@ -32,7 +32,8 @@ class SigmoidRouter(TopKRouter):
             (weights [tokens, experts] fp32, zero where not chosen; choices, the same shape, bool).
         """
         scores = logits.view(-1, self.config.num_moe_experts).sigmoid()
-        chosen = torch.topk(scores + self.expert_bias, k=self.topk, dim=-1).indices
+        choice = self._within_groups(scores + self.expert_bias)
+        chosen = torch.topk(choice, k=self.topk, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if self.topk > 1:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -45,3 +46,18 @@ class SigmoidRouter(TopKRouter):
             probs = probs.masked_fill(padding, 0)
         self._apply_expert_bias(routing_map)
         return probs.float(), routing_map
+
+    def _within_groups(self, choice: torch.Tensor) -> torch.Tensor:
+        """[tokens, experts] -> the same, -inf outside each token's best groups.
+
+        A group is as good as the sum of its two best scores (DeepSeek-V3, arXiv 2412.19437,
+        section 2.1.2, and its published code).
+        """
+        groups, top = self.config.moe_router_num_groups, self.config.moe_router_group_topk
+        if groups is None or groups == top:
+            return choice
+        grouped = choice.unflatten(-1, (groups, -1))
+        worth = grouped.topk(2, dim=-1).values.sum(-1)
+        best = torch.zeros_like(worth, dtype=torch.bool)
+        best.scatter_(-1, worth.topk(top, dim=-1).indices, True)
+        return grouped.masked_fill(~best.unsqueeze(-1), -torch.inf).flatten(-2)

@@ -93,6 +93,8 @@ def transformer_config(
             # `megakda.optim.finalize` moves the biases, after a step is known to be good.
             moe_router_bias_update_rate=0.0,
             moe_router_topk_scaling_factor=moe.routed_scaling_factor,
+            moe_router_num_groups=moe.num_groups if moe.num_groups > 1 else None,
+            moe_router_group_topk=moe.top_groups if moe.num_groups > 1 else None,
             moe_router_load_balancing_type="none",
             moe_router_dtype=moe.router_dtype,
             moe_token_dispatcher_type="alltoall",

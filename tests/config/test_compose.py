@@ -230,6 +230,18 @@ RULES = {
     ),
     "conv taps": (["model.linear.conv_kernel=1"], 1, ["model.linear.conv_kernel=1"]),
     "top-k": (["model.moe.top_k=9"], 1, ["model.moe.top_k=9", "num_experts=8"]),
+    "groups": (["model.moe.num_groups=3"], 1, ["model.moe.num_groups=3", "num_experts=8"]),
+    "group-of-one": (["model.moe.num_groups=8"], 1, ["model.moe.num_groups=8", "groups of 1"]),
+    "top-groups": (
+        ["model.moe.num_groups=4", "model.moe.top_groups=5"],
+        1,
+        ["model.moe.top_groups=5", "model.moe.num_groups=4"],
+    ),
+    "groups-too-few": (
+        ["model.moe.num_groups=4", "model.moe.top_k=3"],
+        1,
+        ["model.moe.top_k=3", "2 experts", "raise model.moe.top_groups"],
+    ),
     "no MoE layer left": (["model.moe.first_dense_layers=4"], 1, ["first_dense_layers=4"]),
     "warmup longer than the run": (
         ["schedule=cosine", "schedule.warmup_steps=10", "train.steps=5"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -133,3 +134,26 @@ def test_agrees_with_megatron_core_where_nothing_is_close():
     torch.testing.assert_close(probs, expected, rtol=1e-6, atol=0)
     assert torch.equal(router.local_tokens_per_expert, expected_load)
     assert expected_load.sum() == 2 * 256
+
+
+def test_groups_limit_the_choice():
+    """Against a plain loop: the best groups by their two best scores, then the best experts."""
+    router = make_router(top_k=3)
+    router.config = replace(core_config(3, "fp64"))
+    router.config.moe_router_num_groups, router.config.moe_router_group_topk = 4, 2
+    router.expert_bias.copy_(torch.linspace(0.3, -0.3, EXPERTS))
+    logits = make_logits(50)
+    probs, routing_map = router.routing(logits)
+
+    limited = 0
+    for row, found, weights in zip(logits, routing_map, probs, strict=True):
+        scores = row.sigmoid()
+        choice = scores + router.expert_bias
+        groups = choice.view(4, 2).sum(-1).argsort(descending=True)[:2].tolist()
+        allowed = [e for e in range(EXPERTS) if e // 2 in groups]
+        chosen = sorted(allowed, key=lambda e: -float(choice[e]))[:3]
+        assert sorted(chosen) == found.nonzero().flatten().tolist()
+        expected = 2.446 * scores[chosen] / scores[chosen].sum()
+        torch.testing.assert_close(weights[chosen].double(), expected, rtol=1e-6, atol=1e-6)
+        limited += sorted(chosen) != sorted(choice.argsort(descending=True)[:3].tolist())
+    assert limited > 10  # groups matter at these logits
