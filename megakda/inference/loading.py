@@ -22,6 +22,7 @@ from megakda.config.schema import (
 from megakda.data.tokenizer import Tokenizer, load_tokenizer
 from megakda.errors import CheckpointError, ConfigError
 from megakda.kernels.mla_decode import MAX_SHARED_DIM, MAX_VALUE_DIM
+from megakda.layers.lean import make_lean
 from megakda.models.kimi_linear import build_chunks
 from megakda.models.sharding import ModelChunk
 from megakda.runtime.distributed import process_groups, world_size
@@ -92,7 +93,8 @@ def open_model(
             hf_load.load_hf(found, [chunk], model)
         else:
             checkpoints.load(found, [chunk], None, dataclasses.asdict(model))
-        yield LoadedModel(chunk.eval(), model, loaded, ends, precision, found)
+        make_lean(chunk.eval())
+        yield LoadedModel(chunk, model, loaded, ends, precision, found)
 
 
 def _described(checkpoint: Path) -> tuple[ModelConfig, str, str]:

@@ -130,7 +130,8 @@ class _LoopedLinear(torch.autograd.Function):
         for rows, x_e, w_e in zip(
             out.split(tokens_per_expert), x.split(tokens_per_expert), weight, strict=True
         ):
-            torch.mm(x_e, w_e.t(), out=rows)
+            if len(x_e):  # with one token to decode, most experts have none
+                torch.mm(x_e, w_e.t(), out=rows)
         return out
 
     @staticmethod

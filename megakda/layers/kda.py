@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -219,10 +220,7 @@ class KimiDeltaAttention(MegatronModule):
         self, hidden_states: torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """[s, b, h] -> q, k, v, decay and beta [S, b, ...], and the output gate if there is one."""
-        projections = [self.q_proj, self.k_proj, self.v_proj, self.b_proj]
-        if self.linear.mixer == "gdn":
-            projections.append(self.a_proj)
-        q, k, v, beta, *rest = project_together(hidden_states, projections)
+        q, k, v, beta, *rest = project_together(hidden_states, self.joint_projections)
         if self.linear.mixer == "kda":
             decay, _ = self.f_b_proj(self.f_a_proj(hidden_states))
         else:
@@ -231,6 +229,12 @@ class KimiDeltaAttention(MegatronModule):
         if self.linear.output_gate != "none":
             gate, _ = self.g_b_proj(self.g_a_proj(hidden_states))
         return [q, k, v, decay, beta], gate
+
+    @property
+    def joint_projections(self) -> list[ColumnParallelLinear]:
+        """Of q, k, v, beta and Gated DeltaNet's decay, which are done in one matrix product."""
+        projections = [self.q_proj, self.k_proj, self.v_proj, self.b_proj]
+        return projections + ([self.a_proj] if self.linear.mixer == "gdn" else [])
 
     def _forward_cached(self, new: CachedTokens, hidden_states: torch.Tensor) -> torch.Tensor:
         """New tokens of cached sequences, [s, 1, h] -> [s, 1, h]."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -46,7 +48,7 @@ class ReplicatedLinear(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, self.weight)
+        return F.linear(x, self.weight)
 
 
 def column_parallel(
@@ -102,16 +104,46 @@ def project_together(
         One [S, b, out_features / TP] per linear, S being the whole sequence.
     """
     first = linears[0]
+    sizes = [linear.output_size_per_partition for linear in linears]
+    weight = getattr(first, "joint_weight", None)
+    if weight is not None and not torch.is_grad_enabled() and first.tp_group.size() == 1:
+        return F.linear(x, weight).split(sizes, dim=-1)
     joint = linear_with_grad_accumulation_and_async_allreduce(
         x,
-        torch.cat([ready_weight(linear) for linear in linears]),
+        torch.cat([ready_weight(linear) for linear in linears]) if weight is None else weight,
         bias=None,
         gradient_accumulation_fusion=False,
         allreduce_dgrad=first.allreduce_dgrad,
         sequence_parallel=first.sequence_parallel,
         tp_group=first.tp_group,
     )
-    return joint.split([linear.output_size_per_partition for linear in linears], dim=-1)
+    return joint.split(sizes, dim=-1)
+
+
+def join_weights(linears: Sequence[ColumnParallelLinear]) -> None:
+    """Lays the weights of `project_together` side by side in memory, so that it need not copy them.
+
+    For generation, where a step reads every weight once: the parameters become views of one tensor,
+    with the same values. Not for training: the optimizer's buffers hold the parameters there.
+    """
+    joint = torch.cat([linear.weight.data for linear in linears])
+    sizes = [len(linear.weight) for linear in linears]
+    for linear, part in zip(linears, joint.split(sizes), strict=True):
+        linear.weight.data = part
+    linears[0].joint_weight = joint
+
+
+def lean(linear: ColumnParallelLinear | RowParallelLinear) -> None:
+    """Gives a linear that is whole on this rank a forward pass without anything of parallelism.
+
+    For generation: what megatron-core does around a small matrix product takes longer than it.
+    """
+    assert linear.tp_group.size() == 1 and not linear.training
+
+    def forward(x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        return F.linear(x, linear.weight), None
+
+    linear.forward = forward
 
 
 def ready_weight(module: torch.nn.Module) -> torch.Tensor:

@@ -32,12 +32,7 @@ class SigmoidRouter(TopKRouter):
             (weights [tokens, experts] fp32, zero where not chosen; choices, the same shape, bool).
         """
         scores = logits.view(-1, self.config.num_moe_experts).sigmoid()
-        choice = self._within_groups(scores + self.expert_bias)
-        chosen = torch.topk(choice, k=self.topk, dim=-1).indices
-        weights = scores.gather(-1, chosen)
-        if self.topk > 1:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        weights = weights * self.config.moe_router_topk_scaling_factor
+        weights, chosen = self.choose(scores)
         routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
         probs = torch.zeros_like(scores).scatter(-1, chosen, weights)
         if padding_mask is not None:
@@ -46,6 +41,15 @@ class SigmoidRouter(TopKRouter):
             probs = probs.masked_fill(padding, 0)
         self._apply_expert_bias(routing_map)
         return probs.float(), routing_map
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores [tokens, experts] -> weights and numbers of the chosen experts [tokens, top_k]."""
+        choice = self._within_groups(scores + self.expert_bias)
+        chosen = torch.topk(choice, k=self.topk, dim=-1).indices
+        weights = scores.gather(-1, chosen)
+        if self.topk > 1:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights * self.config.moe_router_topk_scaling_factor, chosen
 
     def _within_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """[tokens, experts] -> the same, -inf outside each token's best groups.

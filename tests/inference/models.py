@@ -16,10 +16,15 @@ STD = 0.1
 
 
 @contextmanager
-def random_model(overrides: Sequence[str] = (), std: float = STD) -> Iterator:
-    """A LoadedModel of `SMALL` with random weights, in process groups of its own."""
+def random_model(overrides: Sequence[str] = (), std: float = STD, lean: bool = True) -> Iterator:
+    """A LoadedModel of `SMALL` with random weights, in process groups of its own.
+
+    Args:
+        lean: as `open_model` makes it; else as training has it.
+    """
     from megakda.data.tokenizer import ByteTokenizer
     from megakda.inference.loading import LoadedModel
+    from megakda.layers.lean import make_lean
     from megakda.models.init import initialize
     from megakda.models.kimi_linear import build_chunks, routers
     from megakda.runtime.distributed import process_groups
@@ -30,8 +35,11 @@ def random_model(overrides: Sequence[str] = (), std: float = STD) -> Iterator:
         initialize([chunk], 1, std)
         for router in routers(chunk):  # experts that are chosen by their biases too
             router.expert_bias.copy_(torch.linspace(-0.2, 0.2, len(router.expert_bias)))
+        chunk.eval()
+        if lean:
+            make_lean(chunk)
         yield LoadedModel(
-            chunk.eval(),
+            chunk,
             config.model,
             ByteTokenizer(),
             frozenset({256}),

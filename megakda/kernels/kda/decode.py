@@ -136,14 +136,32 @@ def kda_decode_step(
             state_v_first=state_v_first,
             **switches,
         )
-    decode = _decode_reference if backend == "reference" else _decode_torch
-    dtype = torch.float64 if backend == "reference" else torch.float32
     states = state.mT if state_v_first else state
+    return decode_unchecked(
+        inputs, switches, scale, states, state_indices, num_accepted, delta_rule, backend
+    )
+
+
+@torch.no_grad()
+def decode_unchecked(
+    inputs: _Inputs,
+    switches: dict[str, Any],
+    scale: float,
+    states: torch.Tensor,
+    state_indices: torch.Tensor | None,
+    num_accepted: torch.Tensor | None,
+    delta_rule: bool,
+    backend: str,
+) -> torch.Tensor:
+    """`kda_decode_step` of backend "torch" or "reference"; states [P, HV, K, V]."""
+    reference = backend == "reference"
+    decode = _decode_reference if reference else _decode_torch
+    dtype = torch.float64 if reference else torch.float32
     # Autocast would run the fp32 matrix products in half precision.
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(states.device.type, enabled=False):
         activated = _activate(tuple(x.to(dtype) for x in inputs), switches, backend)
         o = decode(activated, scale, states, state_indices, num_accepted, delta_rule)
-    return o.to(v.dtype)
+    return o.to(inputs[2].dtype)
 
 
 def _activate(inputs: _Inputs, switches: dict[str, Any], backend: str) -> _Inputs:
@@ -156,7 +174,8 @@ def _activate(inputs: _Inputs, switches: dict[str, Any], backend: str) -> _Input
         g = kda_gate(g, A_log, dt_bias, lower_bound, backend=backend)
     if switches["use_beta_sigmoid_in_kernel"]:
         beta = torch.sigmoid(beta) * (2 if switches["allow_neg_eigval"] else 1)
-    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
+    if q.shape[2] != v.shape[2]:
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
     return q, k, v, g, beta
 
 
@@ -170,16 +189,19 @@ def _decode_torch(
 ) -> torch.Tensor:
     """All sequences at once in fp32, one token after the other; states [P, HV, K, V]."""
     o = torch.zeros_like(inputs[2])
+    rows: torch.Tensor | slice = slice(None)  # that are no padding
     if state_indices is None:
-        rows = torch.arange(len(o), device=o.device)
         current = states
     else:
         table = state_indices.long().view(len(o), -1)  # [N, 1], or [N, S] with num_accepted
-        rows = (table[:, 0] >= 0).nonzero().flatten()
-        table = table[rows]
-        first = 0 if num_accepted is None else num_accepted[rows].long() - 1
-        current = states[table[torch.arange(len(rows), device=o.device), first]]
-        inputs = tuple(x[rows] for x in inputs)
+        if bool((table[:, 0] < 0).any()):
+            rows = (table[:, 0] >= 0).nonzero().flatten()
+            table, inputs = table[rows], tuple(x[rows] for x in inputs)
+        if num_accepted is None:
+            current = states[table[:, 0]]
+        else:
+            first = num_accepted[rows].long() - 1
+            current = states[table.gather(1, first.unsqueeze(1)).squeeze(1)]
     q, k, v, g, beta = inputs
     q, k, v = (x.unsqueeze(-2) for x in (q, k, v))  # [n, S, HV, 1, ...]
     decay, beta = g.exp().unsqueeze(-1), beta[..., None, None]

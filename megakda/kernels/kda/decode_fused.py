@@ -12,7 +12,7 @@ from megakda.kernels.kda.decode import (
     check_no_gradient,
     check_rows,
     check_state,
-    kda_decode_step,
+    decode_unchecked,
 )
 from megakda.kernels.kda.gate import check_lower_bound
 
@@ -120,35 +120,40 @@ def kda_decode_fused(
         )
 
     dtype = torch.float64 if backend == "reference" else torch.float32
+    switches = {
+        "A_log": A_log,
+        "dt_bias": dt_bias,
+        "use_qk_l2norm_in_kernel": True,
+        "use_gate_in_kernel": True,
+        "use_beta_sigmoid_in_kernel": True,
+        "allow_neg_eigval": allow_neg_eigval,
+        "lower_bound": lower_bound,
+    }
     with torch.no_grad():
+        padding = None  # None where no row is padding
+        if state_indices is None:
+            rows = torch.arange(len(q), device=q.device)
+        else:
+            rows, negative = state_indices.long(), state_indices < 0
+            padding = negative if bool(negative.any()) else None
         new_q, new_k, new_v = (
-            _convolve(*x, state_indices, dtype)
+            _convolve(*x, rows, padding, dtype)
             for x in zip((q, k, v), conv_states, conv_weights, strict=True)
         )
-        o = kda_decode_step(
+        inputs = (
             new_q.view(-1, 1, heads, key_dim),
             new_k.view(-1, 1, heads, key_dim),
             new_v.view(-1, 1, value_heads, value_dim),
-            g.reshape(-1, 1, value_heads, key_dim).to(dtype),
-            beta.unsqueeze(1).to(dtype),
-            state,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            scale=scale,
-            use_qk_l2norm_in_kernel=True,
-            use_gate_in_kernel=True,
-            use_beta_sigmoid_in_kernel=True,
-            allow_neg_eigval=allow_neg_eigval,
-            lower_bound=lower_bound,
-            state_indices=state_indices,
-            state_v_first=state_v_first,
-            backend=backend,
+            g.reshape(-1, 1, value_heads, key_dim),
+            beta.unsqueeze(1),
         )
+        states = state.mT if state_v_first else state
+        o = decode_unchecked(inputs, switches, scale, states, state_indices, None, True, backend)
         o = o.view(-1, value_heads, value_dim)
         gate = gate.reshape(o.shape).to(dtype)
         o = gated_rms_norm(o, norm_weight.view(-1), gate, activation, eps, backend=backend)
-        if state_indices is not None:
-            o = torch.where((state_indices < 0).view(-1, 1, 1), 0.0, o)  # the gate may hold NaN
+        if padding is not None:
+            o = o.masked_fill(padding.view(-1, 1, 1), 0.0)  # the gate may hold NaN
     return o.flatten(1).to(v.dtype)
 
 
@@ -156,18 +161,19 @@ def _convolve(
     x: torch.Tensor,
     state: torch.Tensor,
     weight: torch.Tensor,
-    state_indices: torch.Tensor | None,
+    rows: torch.Tensor,
+    padding: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """SiLU of the convolution at one token [N, D], zero in padding; the state moves on by one."""
-    indices = torch.arange(len(x), device=x.device) if state_indices is None else state_indices
-    live = (indices >= 0).nonzero().flatten()
-    rows = indices[live].long()
-    window = torch.cat((state[rows], x[live].unsqueeze(-1)), dim=-1)  # [n, D, W]
+    if padding is not None:
+        live = ~padding
+        y = x.new_zeros(x.shape, dtype=dtype)
+        y[live] = _convolve(x[live], state, weight, rows[live], None, dtype)
+        return y
+    window = torch.cat((state[rows], x.unsqueeze(-1)), dim=-1)  # [N, D, W]
     state[rows] = window[..., 1:]
-    y = x.new_zeros(x.shape, dtype=dtype)
-    y[live] = F.silu((window.to(dtype) * weight.to(dtype)).sum(-1))
-    return y
+    return F.silu((window.to(dtype) * weight.to(dtype)).sum(-1))
 
 
 # ------------------------------------------------------------------ argument checks
