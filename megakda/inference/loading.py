@@ -80,7 +80,7 @@ def open_model(
     path = Path(path)
     parallel, runtime = parallel or ParallelConfig(), runtime or RuntimeConfig()
     is_hf = (path / "config.json").is_file()
-    found = path if is_hf else checkpoints.find(str(path), "the model")
+    found = path if is_hf else checkpoints.find(str(path), "MODEL")
     model, saved_precision, spec = _described_hf(found) if is_hf else _described(found)
     precision = precision or saved_precision
     _check_layout(model, parallel, precision)

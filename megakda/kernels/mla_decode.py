@@ -134,8 +134,7 @@ def _mla_decode_torch(
         if block_table is None:
             latents = cache[n, :length]
         else:
-            pages = block_table[n, : -(-length // cache.shape[1])].long()
-            latents = cache[pages].flatten(0, 1)[:length]
+            latents = _pages(cache, block_table[n, : -(-length // cache.shape[1])])[:length]
         latents = latents.float()
         scores = scale * (q[n].float() @ latents.t())  # [S, H, T]
         newest = torch.arange(queries, device=q.device) + length - queries
@@ -145,6 +144,14 @@ def _mla_decode_torch(
         shift = lse[n].masked_fill(lse[n] == -math.inf, 0.0)
         out[n] = (scores - shift.unsqueeze(-1)).exp() @ latents[:, :value_dim]
     return out, lse
+
+
+def _pages(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """The tokens of some pages in order [n * page_size, D]; a view where the pages follow on."""
+    first, count = int(pages[0]) if len(pages) else 0, len(pages)
+    follow = torch.arange(first, first + count, device=pages.device, dtype=pages.dtype)
+    found = cache[first : first + count] if torch.equal(pages, follow) else cache[pages.long()]
+    return found.flatten(0, 1)
 
 
 def _check(
