@@ -35,13 +35,14 @@ class LinearAttentionConfig:
 
 @dataclass
 class MLAConfig:
-    """Multi-head latent attention without query compression (Kimi Linear: no positions)."""
+    """Multi-head latent attention (Kimi Linear: no query compression, no positions)."""
 
+    q_lora_rank: int | None = None  # width of a latent that queries are made from; null: none
     kv_lora_rank: int = 512
     qk_nope_head_dim: int = 128
     qk_shared_head_dim: int = 64  # one key part shared by all heads; rotated only with rope=true
     v_head_dim: int = 128
-    kv_norm_eps: float = 1e-6
+    kv_norm_eps: float = 1e-6  # of the latents' norms, of queries too
     rope: bool = False
     rope_base: float = 10000.0
 

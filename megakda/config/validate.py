@@ -206,6 +206,11 @@ def _check_model(config: Config) -> None:
             f"model.mla.qk_shared_head_dim={m.mla.qk_shared_head_dim}: must be even to be rotated "
             "(model.mla.rope=true)"
         )
+    if m.mla.q_lora_rank is not None and m.mla.q_lora_rank < 1:
+        raise ConfigError(
+            f"model.mla.q_lora_rank={m.mla.q_lora_rank}: must be positive, or null for queries "
+            "without a latent of their own"
+        )
     if m.ffn == "moe":
         if not 0 < m.moe.top_k <= m.moe.num_experts:
             raise ConfigError(

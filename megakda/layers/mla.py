@@ -1,4 +1,4 @@
-"""Multi-head latent attention without query compression, with or without rotary positions.
+"""Multi-head latent attention, with or without rotary positions.
 
 DeepSeek-V2, arXiv 2405.04434, section 2.1; Kimi Linear (arXiv 2510.26692) uses it as the full
 attention layer with no position embedding at all: the 64 key dimensions that the heads share stay,
@@ -40,7 +40,8 @@ class MultiLatentAttention(MegatronModule):
 
     Parameters (hidden h, heads H split over TP, latent r, widths n(ope), p (shared), v):
     q_proj [H(n+p), h] and kv_b_proj [H(n+v), r] column-parallel, kv_a_proj_with_mqa [r+p, h] and
-    kv_a_layernorm [r] replicated, o_proj [h, Hv] row-parallel.
+    kv_a_layernorm [r] replicated, o_proj [h, Hv] row-parallel. With a latent of width c for queries
+    too, q_a_proj [c, h] and q_a_layernorm [c], replicated, and q_b_proj [H(n+p), c] replace q_proj.
 
     Args:
         config: megatron-core's config; hidden size, dtype, sequence parallelism and recompute.
@@ -72,7 +73,13 @@ class MultiLatentAttention(MegatronModule):
         hidden = config.hidden_size
         qk_head_dim = mla.qk_nope_head_dim + mla.qk_shared_head_dim
 
-        self.q_proj = column_parallel(hidden, num_heads * qk_head_dim, config, pg_collection)
+        queries = num_heads * qk_head_dim
+        if mla.q_lora_rank is None:
+            self.q_proj = column_parallel(hidden, queries, config, pg_collection)
+        else:
+            self.q_a_proj = ReplicatedLinear(hidden, mla.q_lora_rank, config)
+            self.q_a_layernorm = RMSNorm(config, mla.q_lora_rank, eps=mla.kv_norm_eps)
+            self.q_b_proj = column_parallel(mla.q_lora_rank, queries, config, pg_collection)
         self.kv_a_proj_with_mqa = ReplicatedLinear(
             hidden, mla.kv_lora_rank + mla.qk_shared_head_dim, config
         )
@@ -139,7 +146,10 @@ class MultiLatentAttention(MegatronModule):
         latent = torch.cat([self.kv_a_layernorm(latent), k_shared], dim=-1)
         # All heads of all ranks read the latent, so its gradient is a sum over the group.
         latent = enter_tensor_parallel(latent, self.config.sequence_parallel, self.tp_group)
-        q, _ = self.q_proj(hidden_states)
+        if mla.q_lora_rank is None:
+            q, _ = self.q_proj(hidden_states)
+        else:
+            q, _ = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
         return q.unflatten(-1, (-1, mla.qk_nope_head_dim + mla.qk_shared_head_dim)), latent
 
     def _rotated(
@@ -232,6 +242,6 @@ class MultiLatentAttention(MegatronModule):
     def make_cache(self, pages: int, page_size: int) -> LatentCache:
         """An empty cache of so many pages; every tensor-parallel rank has all of it."""
         width = self.mla.kv_lora_rank + self.mla.qk_shared_head_dim
-        weight = self.q_proj.weight
+        weight = self.kv_b_proj.weight
         shape = (pages, page_size, width)
         return LatentCache(torch.zeros(shape, device=weight.device, dtype=weight.dtype))

@@ -8,7 +8,8 @@ the short convolution, R = gate rank, Ro = output-gate rank:
             output gate: g_a E Ro, g_b Ro H V (none without a gate) o_norm V    o: H V E
     GDN     the same, but one decay per head: a E H, A_log H, dt_bias H replace KDA's decay
     MLA     with N and S = the separate and the shared key dims per head, L = rank of the latent:
-            q: E H (N + S)    kv_a: E (L + S)    norm: L    kv_b: L H (N + V)    o: H V E
+            q: E H (N + S), or with a latent of rank Q for queries q_a: E Q, norm: Q,
+            q_b: Q H (N + S)    kv_a: E (L + S)    norm: L    kv_b: L H (N + V)    o: H V E
     FFN     gated, three matrices: dense 3 E F; each routed expert 3 E Fe; the shared experts
             together 3 E (num_shared Fe); router E num_experts
     norms   E before the mixer and E before the feed-forward of each layer, and E at the end
@@ -94,10 +95,19 @@ def linear_attention_parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def full_attention_parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameters of one full-attention layer (MLA without query compression), by name."""
+    """Parameters of one full-attention layer (MLA), by name."""
     mla, hidden, heads = model.mla, model.hidden_size, model.num_heads
+    queries = heads * (mla.qk_nope_head_dim + mla.qk_shared_head_dim)
+    if mla.q_lora_rank is None:
+        query = {"q_proj": hidden * queries}
+    else:
+        query = {
+            "q_a_proj": hidden * mla.q_lora_rank,
+            "q_a_layernorm": mla.q_lora_rank,
+            "q_b_proj": mla.q_lora_rank * queries,
+        }
     return {
-        "q_proj": hidden * heads * (mla.qk_nope_head_dim + mla.qk_shared_head_dim),
+        **query,
         "kv_a_proj": hidden * (mla.kv_lora_rank + mla.qk_shared_head_dim),
         "kv_a_layernorm": mla.kv_lora_rank,
         "kv_b_proj": mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim),

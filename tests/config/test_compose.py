@@ -230,6 +230,7 @@ RULES = {
     ),
     "conv taps": (["model.linear.conv_kernel=1"], 1, ["model.linear.conv_kernel=1"]),
     "top-k": (["model.moe.top_k=9"], 1, ["model.moe.top_k=9", "num_experts=8"]),
+    "q-latent": (["model.mla.q_lora_rank=0"], 1, ["model.mla.q_lora_rank=0", "null"]),
     "groups": (["model.moe.num_groups=3"], 1, ["model.moe.num_groups=3", "num_experts=8"]),
     "group-of-one": (["model.moe.num_groups=8"], 1, ["model.moe.num_groups=8", "groups of 1"]),
     "top-groups": (

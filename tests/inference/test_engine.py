@@ -24,6 +24,7 @@ VARIANTS = {
     "full-rope": ["model.pattern=0:1", "model.mla.rope=true"],
     "hybrid-rope": ["model.mla.rope=true"],
     "dense": ["model.ffn=dense"],
+    "query-latent": ["model.mla.q_lora_rank=24"],
     "groups": ["model.moe.num_groups=4", "model.moe.top_groups=2"],
 }
 SETTINGS = EngineSettings(

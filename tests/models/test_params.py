@@ -161,6 +161,14 @@ def test_mla_layer_with_all_sizes_different():
     }
 
 
+def test_queries_with_a_latent_of_their_own():
+    latent = replace(SMALL, mla=replace(SMALL.mla, q_lora_rank=7))
+    found, plain = full_attention_parameters(latent), full_attention_parameters(SMALL)
+    assert found.pop("q_a_proj") == 10 * 7 and found.pop("q_a_layernorm") == 7
+    assert found.pop("q_b_proj") == 7 * 3 * 6 and plain.pop("q_proj")
+    assert found == plain
+
+
 def test_gdn_has_one_decay_per_head():
     kda = linear_attention_parameters(SMALL)
     gdn = linear_attention_parameters(replace(SMALL, linear=replace(SMALL.linear, mixer="gdn")))

@@ -85,6 +85,7 @@ def test_selective_recompute(ranks, corpus, one_rank, layout):
 VARIANTS = {
     "gdn": ["model.linear.mixer=gdn"],
     "full_mla_rope": ["model.pattern='0:1'", "model.mla.rope=true"],
+    "query_latent": ["model.mla.q_lora_rank=24"],
     "all_kda": ["model.pattern='1:0'"],
     "bounded_gate": ["model.linear.gate=bounded"],
     "no_output_gate": ["model.linear.output_gate=none"],
