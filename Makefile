@@ -41,8 +41,11 @@ $(VENV)/.dev: $(VENV)/.base
 quickstart: $(VENV)/.base
 	@$(BIN)/python tools/quickstart.py
 
+# Each worker has up to four ranks of its own; files stay together, for the ranks and models they share.
+TEST_WORKERS ?= 2
+
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile
 
 test-parity: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q -m "parity or not parity" tests/parallel/test_context_parity.py

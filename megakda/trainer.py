@@ -203,12 +203,17 @@ class Trainer:
         return path
 
     def resume(self) -> Path | None:
-        """Loads what `train.resume` asks for; returns the checkpoint, or None for a fresh start."""
+        """Loads what `train.resume` asks for; returns the checkpoint, or None for a fresh start.
+
+        Raises:
+            CheckpointError: it cannot be loaded, or holds weights alone.
+        """
         path = checkpoints.resolve(self.config.train.resume, self.checkpoints.root)
         if path is None:
             if self.config.train.weights is not None:
                 self._begin_with(_found_by_rank_0(self.config.train.weights))
             return None
+        checkpoints.check_resumable(path)
         self._check_tokenizer(path)
         state = checkpoints.load(
             path, self.chunks, self.optimizer, dataclasses.asdict(self.config.model)

@@ -36,7 +36,9 @@ RANKS = {
     # Where a person comes in.
     "megakda.train": 8,
     "megakda.inference": 8,
-    "megakda.bench": 8,
+    "megakda.bench": 9,
+    "megakda.evaluation": 9,
+    "megakda.serving": 9,
 }
 """A file imports from its own package and from packages of a lower rank, never from an equal one:
 two packages of one rank do not know each other, so either can be understood, tested or replaced
@@ -59,6 +61,15 @@ NO_MEGATRON = [
     "megakda.models.context_cost",
     "megakda.models.context_balance",
     "megakda.models.exchange_model",
+    "megakda.models.cache_size",
+    "megakda.checkpoint.folders",
+    "megakda.checkpoint.stored",
+    "megakda.checkpoint.stored_reader",
+    "megakda.checkpoint.stored_writer",
+    "megakda.checkpoint.convert",
+    "megakda.checkpoint.inspection",
+    "megakda.inference.request",
+    "megakda.inference.choice",
     "megakda.metrics.writers",
     "megakda.metrics.progress",
     "megakda.metrics.plot",

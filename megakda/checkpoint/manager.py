@@ -9,10 +9,8 @@ checkpoints/
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +23,39 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megakda.checkpoint import state
+from megakda.checkpoint.folders import (
+    FORMAT,
+    MANIFEST,
+    check_architecture,
+    check_resumable,
+    complete,
+    find,
+    latest,
+    read_manifest,
+    reason,
+    resolve,
+    step_of,
+    sync_folder,
+    write_json,
+    write_text,
+)
 from megakda.config.schema import CheckpointConfig
-from megakda.errors import CheckpointError, ConfigError
+from megakda.errors import CheckpointError
 from megakda.models.sharding import ModelChunk
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-_NAME = re.compile(r"step_(\d{8,})")
+__all__ = [
+    "MANIFEST",
+    "CheckpointManager",
+    "check_architecture",
+    "check_resumable",
+    "complete",
+    "find",
+    "latest",
+    "load",
+    "read_manifest",
+    "resolve",
+    "step_of",
+]
 
 # What reading or writing a damaged or unwritable checkpoint raises, in torch and megatron-core
 _STORAGE_ERRORS = (
@@ -128,7 +152,7 @@ class CheckpointManager:
         def commit() -> None:
             if _rank() == 0:
                 write_json(partial / MANIFEST, facts)
-                _sync_folder(partial)
+                sync_folder(partial)
                 if target.exists():  # saved before, by a run that was resumed from further back
                     shutil.rmtree(target)
                 os.replace(partial, target)
@@ -158,55 +182,9 @@ class CheckpointManager:
         newest = latest(self.root)
         kept = f"{newest} is intact" if newest else "there is no earlier checkpoint"
         return (
-            f"saving {target} failed: {_reason(error)}; {kept}. Free some space, lower "
+            f"saving {target} failed: {reason(error)}; {kept}. Free some space, lower "
             "checkpoint.keep_last, or set train.out to a larger disk"
         )
-
-
-def resolve(resume: str, root: Path) -> Path | None:
-    """The checkpoint that `train.resume` means, or None for a fresh start. Not collective.
-
-    Args:
-        resume: ``auto`` (the newest in `root`, if any), ``none``, or a checkpoint or run folder.
-
-    Raises:
-        ConfigError: ``none`` where `root` already holds checkpoints.
-        CheckpointError: the folder named holds no complete checkpoint.
-    """
-    if resume == "auto":
-        return latest(root)
-    if resume == "none":
-        existing = latest(root)
-        if existing:
-            raise ConfigError(
-                f"train.resume=none, but {existing} exists and a fresh run would rotate it away: "
-                "set another train.out, or train.resume=auto to continue"
-            )
-        return None
-    return find(resume, "train.resume")
-
-
-def find(where: str, setting: str) -> Path:
-    """The checkpoint in `where`: itself, or the newest of a run. Not collective.
-
-    Args:
-        where: a checkpoint, checkpoints or run folder.
-        setting: the setting that names it.
-
-    Raises:
-        CheckpointError: it holds no complete checkpoint.
-    """
-    path = Path(where)
-    for folder in (path, path / "checkpoints"):
-        if (folder / MANIFEST).is_file():
-            return folder
-        found = latest(folder) if folder.is_dir() else None
-        if found:
-            return found
-    raise CheckpointError(
-        f"{setting}={where}: not a complete checkpoint (no {MANIFEST}) and no run with one; name a "
-        "run's folder or a checkpoints/step_* folder in it"
-    )
 
 
 def load(
@@ -225,93 +203,9 @@ def load(
         return state.read(path, chunks, optimizer)
     except _STORAGE_ERRORS as error:
         raise CheckpointError(
-            f"{path} cannot be loaded: {_reason(error)}; if its files are damaged, set "
+            f"{path} cannot be loaded: {reason(error)}; if its files are damaged, set "
             "train.resume to an earlier checkpoint"
         ) from error
-
-
-def check_architecture(path: Path, model: dict[str, Any]) -> None:
-    """Refuses a checkpoint of another model, naming what differs. Not collective."""
-    saved = read_manifest(path).get("model", {})
-    theirs, ours = _flatten(saved), _flatten(model)
-    differences = [
-        f"model.{key} is {theirs.get(key)} there and {ours.get(key)} here"
-        for key in sorted(theirs.keys() | ours.keys())
-        if key not in ("name", "init_std") and theirs.get(key) != ours.get(key)
-    ]
-    if differences:
-        raise CheckpointError(
-            f"{path} holds another architecture: {'; '.join(differences[:6])}. Choose the recipe "
-            "that it was trained with, or another train.resume or train.out"
-        )
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The facts saved beside the tensors.
-
-    Raises:
-        CheckpointError: missing, damaged, or of a format that this version does not know.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {manifest.get('format')}; this version reads {FORMAT}"
-        )
-    return manifest
-
-
-def complete(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. Not collective."""
-    if not root.is_dir():
-        return []
-    found = [p for p in root.iterdir() if _NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=step_of)
-
-
-def latest(root: Path) -> Path | None:
-    """The checkpoint that `latest` names, or the newest complete one if it names none."""
-    try:
-        named = root / (root / "latest").read_text().strip()
-    except OSError:
-        named = None
-    if named is not None and named != root and (named / MANIFEST).is_file():
-        return named
-    found = complete(root)
-    return found[-1] if found else None
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    match = _NAME.fullmatch(path.name)
-    assert match, path
-    return int(match.group(1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path` in one step, durably: a reader sees the old text or the new."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-    _sync_folder(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _existing_parent(path: Path) -> Path:
@@ -337,29 +231,6 @@ def _bytes_to_write(chunks: list[ModelChunk], optimizer: Any) -> int:
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     sharded = bool(getattr(optimizer.config, "use_distributed_optimizer", False))
     return int(total[0] / replicas + total[1] / (1 if sharded else replicas))
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the innermost cause."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
-    if "inline_container" in reason:  # torch's zip writer hides why a write came up short
-        reason += " (a file could not be written to its end: the disk or a quota is full)"
-    return reason
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _rank() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -17,14 +18,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 
-from megakda.models.sharding import METADATA, ModelChunk
-
-CONTENT = {
-    **METADATA,
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
-"""megatron-core's names for: per-layer keys, and optimizer state that loads at any layout."""
+from megakda.checkpoint.folders import CONTENT
+from megakda.models.sharding import ModelChunk
 
 
 def write(
@@ -67,7 +62,9 @@ def read(folder: Path, chunks: list[ModelChunk], optimizer: Any | None) -> dict[
     )
     loaded = dist_checkpointing.load(state, str(folder), sharded_strategy=strategy)
     for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
-        _unwrap(chunk).load_state_dict(loaded[name])
+        model = _unwrap(chunk)
+        nothing = {key: None for key in model.state_dict() if key.endswith("_extra_state")}
+        model.load_state_dict({**nothing, **loaded[name]})
     if optimizer is not None:
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
@@ -85,7 +82,17 @@ def _sharded_state(chunks: list[ModelChunk], optimizer: Any, is_loading: bool) -
         state["optimizer"] = optimizer.sharded_state_dict(
             model_state, is_loading=is_loading, metadata=dict(metadata)
         )
+    for name in _chunk_names(chunks):
+        state[name] = {key: part for key, part in state[name].items() if not _is_nothing(part)}
     return state
+
+
+def _is_nothing(part: Any) -> bool:
+    """Whether this is the empty `_extra_state` of a linear layer, of use to TransformerEngine's.
+
+    A checkpoint is global tensors; what would only stand for None is neither written nor asked for.
+    """
+    return isinstance(part, ShardedObject) and part.data is None
 
 
 def _chunk_names(chunks: list[ModelChunk]) -> list[str]:
