@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, lm_eval tasks, long-context tests without downloads."""

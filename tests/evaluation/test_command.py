@@ -1,0 +1,114 @@
+"""tools/evaluate.py from a run to its files, on one rank and at a layout."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from tests import jobs as training
+from tests.evaluation import jobs
+
+MODEL = ("model.vocab_size=264", "train.steps=1", "train.save_every=1")
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """A run of one step."""
+    out = tmp_path_factory.mktemp("evaluated") / "run"
+    training.fit(MODEL, corpus, str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    rows = [{"q": f"{n} and", "c": ["one", "two"], "g": n % 2} for n in range(4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "rows.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "c",
+        "doc_to_target": "g",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "local.yaml").write_text(json.dumps(config))
+    return folder / "local.yaml"
+
+
+def commands(run, corpus, task, out, *layout):
+    return [
+        ["perplexity", str(run), "--data", str(corpus), "--context", "40", "--stride", "30"]
+        + ["--tokens", "300", "--out", str(out / "perplexity.json"), *layout],
+        ["long-context", str(run), "--lengths", "500,620", "--samples", "1", "--depths", "0,1"]
+        + ["--tasks", "needle_single_1,associative_recall", "--scoring", "loglikelihood"]
+        + ["--out", str(out / "long"), *layout],
+        ["lm-eval", str(run), "--tasks", str(task), "--max-length", "60", "--limit", "3"]
+        + ["--out", str(out / "lm_eval.json"), *layout],
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(run, corpus, task, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    return out, [jobs.evaluate(command) for command in commands(run, corpus, task, out)]
+
+
+def numbers(out):
+    """All results that depend on the model, in one list."""
+    (perplexity,) = json.loads((out / "perplexity.json").read_text())["results"].values()
+    long = json.loads((out / "long" / "results.json").read_text())["cells"]
+    rows = (out / "lm_eval.samples.jsonl").read_text().splitlines()
+    choices = [pair[0] for row in rows for (pair,) in json.loads(row)["resps"]]
+    return [perplexity["nats"], *(cell["logprob"] for cell in long), *choices]
+
+
+def test_files_and_output(alone, run):
+    out, (perplexity, long, lm_eval) = alone
+    assert [perplexity[0], long[0], lm_eval[0]] == [0, 0, 0]
+    assert "300 tokens" in perplexity[1] and "bits per byte" in perplexity[1]
+    assert long[1].startswith("| task | 500 | 620 |\n") and "overview.png" in long[1]
+    assert "|local|" in lm_eval[1]
+    results = json.loads((out / "perplexity.json").read_text())
+    assert results["model"] == str(run / "checkpoints" / "step_00000001")
+    assert results["settings"]["overlap"] == 10 and results["tokenizer"]["spec"] == "byte"
+    found = numbers(out)
+    assert len(found) == 1 + 2 * (2 + 1) + 3 * 2
+    # A model of one step knows next to nothing.
+    assert found[0] == pytest.approx(math.log(264), rel=0.1)
+
+
+def test_a_layout_gives_the_same_and_one_rank_writes(alone, run, corpus, task, tmp_path, ranks):
+    layout = ("--tensor", "2", "--expert", "2")
+    for command in commands(run, corpus, task, tmp_path, *layout):
+        (status, text), other = ranks.run(2, jobs.evaluate, command)
+        assert status == 0 and text
+        assert other == (0, "")
+    assert numbers(tmp_path) == pytest.approx(numbers(alone[0]), rel=1e-5)
+
+
+def test_errors_end_with_their_status(run, corpus, tmp_path, capsys):
+    tool = jobs.tool()
+    long = ["long-context", str(run), "--out", str(tmp_path / "out")]
+    perplexity = ["perplexity", str(run), "--data", str(corpus)]
+    for command, status, message in (
+        ([*long, "--lengths", "1k"], 2, "lengths='1k' must be numbers with commas"),
+        ([*long, "--tasks", "needles"], 2, "tasks='needles' must be all or of"),
+        ([*long, "--sequences", "0"], 2, "--sequences 0 must be at least 1"),
+        ([*perplexity, "--part", "2-3"], 2, "part='2-3' must be FROM:TO"),
+        ([*perplexity, "--stride", "0"], 2, "overlap=2048 must be in 0..2047"),
+        (["perplexity", str(run), "--data", str(tmp_path / "none")], 3, "none.idx"),
+        (["perplexity", str(tmp_path), "--data", str(corpus)], 4, "not a complete checkpoint"),
+        (["lm-eval", str(run), "--tasks", "a.yaml", "--max-length", "0"], 2, "max-length=0"),
+    ):
+        assert tool.main(command) == status, command
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
