@@ -16,7 +16,7 @@ SOURCES := megakda tools tests setup.py
 .PHONY: help quickstart test test-parity test-peers lint format kernel-report docs-figures clean
 
 help:
-	@echo "make quickstart    environment, a small model trained on 2 CPU ranks, a sample, a plot"
+	@echo "make quickstart    environment, a small model trained on 2 CPU ranks, exported, a sample, a plot"
 	@echo "make test          the test suite (2 cores, no GPU)"
 	@echo "make test-parity   context parallelism in all combinations of its choices (hours)"
 	@echo "make test-peers    FLA=checkout: flash-linear-attention's tests of KDA on our operators"

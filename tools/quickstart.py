@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The whole way on two CPU ranks: text, training, a crash, resuming, a sample, a plot.
+"""The whole way on two CPU ranks: text, training, a crash, resuming, an export, a sample, a plot.
 
 python tools/quickstart.py [--out DIR] [override ...]
 """
@@ -85,11 +85,14 @@ def quickstart(out: Path, overrides: list[str]) -> None:
     if loss > entropy - 0.5:
         raise MegakdaError(f"the model learned too little: {loss:.3f} against {entropy:.3f}")
 
-    _say("5. A sample")
-    generate = [sys.executable, str(ROOT / "tools/generate.py"), str(out)]
-    subprocess.run([*generate, "--prompt", "def "], env=_environment(), check=True)
+    _say("5. An export in the published Hugging Face layout")
+    exported = str(out / "hf")
+    _tool("export_hf.py", "--checkpoint", str(out), "--out", exported)
 
-    _say("6. A plot")
+    _say("6. A sample from the exported model")
+    _tool("generate.py", exported, "--prompt", "def ")
+
+    _say("7. A plot")
     print(plot_runs([out], out / "loss.png"))
 
     _say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes. To try next")
@@ -98,6 +101,7 @@ def quickstart(out: Path, overrides: list[str]) -> None:
         f"{python} -m megakda.train experiment=quickstart model.pattern=0:1 train.out=runs/mla\n"
         f"{python} tools/plot_run.py {out} runs/mla --out compare.png\n"
         f"{python} tools/generate.py {out} --prompt 'class ' --temperature 0.5\n"
+        f"{python} tools/bench_inference.py --contexts 1024 8192\n"
         f"{python} tools/preprocess_data.py --help"
     )
 
@@ -116,6 +120,11 @@ def _train_and_kill(command: list[str], out: Path, step: int) -> None:
         for member in family + [child for p in family for child in p.children(recursive=True)]:
             member.kill()
         process.wait()
+
+
+def _tool(name: str, *arguments: str) -> None:
+    command = [sys.executable, str(ROOT / "tools" / name), *arguments]
+    subprocess.run(command, env=_environment(), check=True)
 
 
 def _steps_done(out: Path) -> int:

@@ -379,7 +379,8 @@ class Engine:
             own = [*prefix.pages[:full], *own]
         sequence.pages = own
         if sequence.uses_prefixes:
-            sequence.places = self._prefixes.places(sequence.prompt)
+            places = self._prefixes.places(sequence.prompt)
+            sequence.places = [place for place in places if place > sequence.computed]
         self._running.append(sequence)
 
     def _leave(self, sequence: _Sequence) -> None:
@@ -431,32 +432,39 @@ class Engine:
         """From the rows of logits that `_wanted` asked for; a text says what is wrong."""
         if not bool(logits.isfinite().all()):
             return "the model's logits are not finite: its weights are damaged or have diverged"
-        rows: list[int] = []  # of the sequences that get a token
-        prompt_rows: list[list[int]] = []
+        receiving: list[tuple[_Sequence, int]] = []  # with their rows of logits
+        asked: list[tuple[int, int, int]] = []  # row, token and alternatives of a log-probability
         row = 0
         for sequence, count in batch:
             wanted = len(_wanted_of(sequence, count))
             last = sequence.computed + count == len(sequence.tokens)
-            prompt_rows.append(list(range(row, row + wanted - (1 if last else 0))))
-            row += wanted
-            rows.append(row - 1 if last and sequence.params.max_tokens else -1)
-        receiving = [s for (s, _), at in zip(batch, rows, strict=True) if at >= 0]
-        last_logits = logits[[at for at in rows if at >= 0]]
-        tokens = iter(self._draw(receiving, last_logits))
-        chosen = []
-        for (sequence, _), at, others in zip(batch, rows, prompt_rows, strict=True):
-            token, logprob, params = None, None, sequence.params
-            if at >= 0:
-                token = next(tokens)
-                if params.logprobs is not None:
-                    (logprob,) = token_logprobs(logits[at : at + 1], [token], [params.logprobs])
-            prompt: list[TokenLogprob] = []
-            if others:
+            if last and sequence.params.max_tokens:
+                receiving.append((sequence, row + wanted - 1))
+            if sequence.params.prompt_logprobs is not None:
                 first = sequence.computed + 1
-                targets = sequence.tokens[first : first + len(others)]
-                tops = [params.prompt_logprobs or 0] * len(others)
-                prompt = token_logprobs(logits[others], targets, tops)
-            chosen.append(_Chosen(token, logprob, prompt))
+                targets = sequence.prompt[first : first + wanted].tolist()
+                top = sequence.params.prompt_logprobs
+                asked += [(row + i, target, top) for i, target in enumerate(targets)]
+            row += wanted
+        prompts = len(asked)
+        tokens = self._draw([s for s, _ in receiving], logits[[at for _, at in receiving]])
+        for (sequence, at), token in zip(receiving, tokens, strict=True):
+            if sequence.params.logprobs is not None:
+                asked.append((at, token, sequence.params.logprobs))
+        rows, ids, tops = ([entry[i] for entry in asked] for i in range(3))
+        found = token_logprobs(logits[rows], ids, tops)
+
+        scored, chosen_scores = iter(found[:prompts]), iter(found[prompts:])
+        drawn = dict(zip((id(s) for s, _ in receiving), tokens, strict=True))
+        chosen = []
+        for sequence, count in batch:
+            params, prompt = sequence.params, []
+            if params.prompt_logprobs is not None:
+                left = len(sequence.prompt) - 1 - sequence.computed
+                prompt = [next(scored) for _ in range(min(count, max(0, left)))]
+            new = drawn.get(id(sequence))
+            has_score = new is not None and params.logprobs is not None
+            chosen.append(_Chosen(new, next(chosen_scores) if has_score else None, prompt))
         return chosen
 
     def _draw(self, sequences: list[_Sequence], logits: torch.Tensor) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megakda.checkpoint import hf_config, hf_load, hf_tokenizer
 from megakda.checkpoint import manager as checkpoints
 from megakda.config import Config, validate
 from megakda.config.schema import (
@@ -19,7 +20,7 @@ from megakda.config.schema import (
     ParallelConfig,
     RuntimeConfig,
 )
-from megakda.data.tokenizer import Tokenizer, load_tokenizer
+from megakda.data.tokenizer import Tokenizer
 from megakda.errors import CheckpointError, ConfigError
 from megakda.kernels.mla_decode import MAX_SHARED_DIM, MAX_VALUE_DIM
 from megakda.layers.lean import make_lean
@@ -75,16 +76,17 @@ def open_model(
         ConfigError: a layout that does not fit the model or the ranks.
         DataError: a tokenizer that cannot be loaded.
     """
-    from megakda.checkpoint import hf_config, hf_load
-
     path = Path(path)
     parallel, runtime = parallel or ParallelConfig(), runtime or RuntimeConfig()
     is_hf = (path / "config.json").is_file()
     found = path if is_hf else checkpoints.find(str(path), "MODEL")
-    model, saved_precision, spec = _described_hf(found) if is_hf else _described(found)
+    model, saved_precision, spec, fingerprint = (_described_hf if is_hf else _described)(found)
     precision = precision or saved_precision
     _check_layout(model, parallel, precision)
-    loaded = load_tokenizer(tokenizer or spec)
+    spec = tokenizer or spec
+    if spec is None:
+        raise ConfigError(f"{found} holds no tokenizer: name one with --tokenizer, as hf:DIR")
+    loaded = hf_tokenizer.checked(spec, fingerprint, str(found))
     _check_tokenizer(loaded, model, found)
     ends = frozenset({loaded.eod} | (hf_config.end_tokens(found) if is_hf else set()))
     with process_groups(parallel, runtime, device):
@@ -97,14 +99,18 @@ def open_model(
         yield LoadedModel(chunk, model, loaded, ends, precision, found)
 
 
-def _described(checkpoint: Path) -> tuple[ModelConfig, str, str]:
-    """Architecture, precision and tokenizer of a megakda checkpoint."""
+_Description = tuple[ModelConfig, str, str | None, str | None]
+
+
+def _described(checkpoint: Path) -> _Description:
+    """Architecture, precision, tokenizer and its fingerprint, of a megakda checkpoint."""
     manifest = checkpoints.read_manifest(checkpoint)
     try:
         tree = OmegaConf.merge(OmegaConf.structured(ModelConfig), manifest["model"])
         model = OmegaConf.to_object(tree)
         assert isinstance(model, ModelConfig)
-        return model, manifest["precision"], manifest["tokenizer"]["spec"]
+        tokenizer = manifest["tokenizer"]
+        return model, manifest["precision"], tokenizer["spec"], tokenizer["fingerprint"]
     except (KeyError, OmegaConfBaseException) as error:
         raise CheckpointError(
             f"{checkpoint / checkpoints.MANIFEST} does not describe a model of this version: "
@@ -112,15 +118,10 @@ def _described(checkpoint: Path) -> tuple[ModelConfig, str, str]:
         ) from error
 
 
-def _described_hf(folder: Path) -> tuple[ModelConfig, str, str]:
-    """The same of a Hugging Face folder."""
-    from megakda.checkpoint import hf_config
-
-    spec = f"hf:{folder}"
-    ranks = folder / "tiktoken.model"
-    if ranks.is_file() and not (folder / "tokenizer.json").is_file():
-        spec = f"tiktoken:{ranks}"
-    return hf_config.read(folder), hf_config.precision(folder), spec
+def _described_hf(folder: Path) -> _Description:
+    """The same of a Hugging Face folder, which has no fingerprint."""
+    spec = hf_tokenizer.find_spec(folder)
+    return hf_config.read(folder), hf_config.precision(folder), spec, None
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig, precision: str) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 
 from megakda.inference.pages import PagePool
 
-RECENT_PROMPTS = 64
-"""Earlier prompts that a new one is compared with."""
+RECENT_PROMPTS, RECENT_TOKENS = 64, 1 << 22
+"""Earlier prompts that a new one is compared with, and their tokens together, at most."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class PrefixCache:
             return []
         shared = max((_common(prompt, other) for other in self._recent), default=0)
         self._recent.append(prompt)
+        while len(self._recent) > 1 and sum(map(len, self._recent)) > RECENT_TOKENS:
+            self._recent.popleft()
         # One token is left, so that the same prompt can go on from its own prefix.
         places = {min(shared, len(prompt) - 1), len(prompt) - 1}
         return sorted(

@@ -66,11 +66,14 @@ def _draw(
     probs = probs.masked_fill(before >= column([row.top_p for row in params]), 0.0)
     least = column([row.min_p for row in params]) * probs[:, :1]
     probs = probs.masked_fill(probs < least, 0.0)
+    # Summed in the order of ids: in that of the values, rounding that swaps two tokens which are
+    # nearly equal would swap the whole of their shares.
+    probs = torch.zeros_like(probs).scatter(1, order, probs)
     summed = probs.cumsum(-1)
     target = column(uniforms) * summed[:, -1:]
     place = torch.searchsorted(summed, target, right=True)
-    last = (probs > 0).sum(-1, keepdim=True) - 1  # a uniform just below 1 may round up
-    return order.gather(1, torch.minimum(place, last)).squeeze(1)
+    last = values.shape[1] - 1 - (probs > 0).flip(-1).int().argmax(-1, keepdim=True)
+    return torch.minimum(place, last).squeeze(1)  # a uniform just below 1 may round up
 
 
 def token_logprobs(

@@ -224,6 +224,20 @@ def test_prefixes_are_saved_where_prompts_part(model):
     )
 
 
+def test_a_place_that_a_prefix_has_passed_holds_nobody_up(model):
+    """Going on from a long prefix, a prompt never meets the shorter one it shares with others."""
+    (long,) = random_prompts([90])
+    tails = random_prompts([20, 20], seed=5)
+    engine = Engine(model, SETTINGS)
+    engine.generate([long], FREE)
+    engine._prefixes._recent.clear()  # as after many other prompts
+    engine.generate([long[:30] + tails[0]], FREE)
+    for prompt in (long, long[:35] + tails[1]):
+        engine.submit(prompt, FREE)
+    engine.step()
+    assert engine.stats().running == 2
+
+
 def test_the_same_prompt_many_times_is_computed_once(model):
     (prompt,) = random_prompts([90])
     engine = Engine(model, SETTINGS)
