@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megakda.bench.inference import VARIANTS, Plan, Point
-from megakda.bench.peer import Comparison
+from megakda.bench.peer import Comparison, grid
 from megakda.config import compose
 from megakda.models.cache_size import cache_size
 from megakda.models.params import count_layers
@@ -129,18 +129,13 @@ def _markdown(
         "",
         f"![times and memory]({name}.png)",
         "",
-        *_grid(HEAD, table(points)),
+        *grid(HEAD, table(points)),
         "",
         *memory_at_a_million(),
     ]
     if peer is not None:
         lines += ["", "## Beside transformers", "", *peer.lines()]
     return lines
-
-
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def plot(points: Sequence[Point], plan: Plan, out: Path) -> Path:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megakda.bench.conversion import HEAD as CONVERSION_HEAD
+from megakda.bench.conversion import Conversion, conversions
 from megakda.checkpoint import hf_export
 from megakda.errors import ConfigError
 from megakda.inference.choice import ModelChoice
@@ -44,6 +47,7 @@ class Comparison:
     threads: int
     transformers: str  # version
     rows: list[Measured]
+    conversions: list[Conversion]
 
     def lines(self) -> list[str]:
         """As Markdown."""
@@ -63,7 +67,18 @@ class Comparison:
                 f"{made / row.megakda_s:,.0f} | {made / row.transformers_s:,.0f} | "
                 f"{row.transformers_s / row.megakda_s:.2f} | {row.same} of {row.case.batch} |"
             )
-        return head
+        head += [
+            "",
+            "Conversion of a model of random weights, everything flushed to disk here:",
+            "",
+        ]
+        return [*head, *grid(CONVERSION_HEAD, [found.cells() for found in self.conversions])]
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def compare(model: Path, cases: list[Case], repeats: int, threads: int) -> Comparison:
@@ -83,11 +98,13 @@ def compare(model: Path, cases: list[Case], repeats: int, threads: int) -> Compa
     with tempfile.TemporaryDirectory() as folder:
         exported = hf_export.export_hf(model, Path(folder) / "hf").folder
         peer = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype="auto").eval()
+        peer.generation_config.eos_token_id = None  # as with ignore_eos
         with ModelChoice(model).open() as loaded:
             torch.set_num_threads(threads)
             for case in cases:
                 rows.append(_measure(loaded, peer, case, repeats))
-    return Comparison(str(model), threads, transformers.__version__, rows)
+    converted = conversions(repeats)
+    return Comparison(str(model), threads, transformers.__version__, rows, converted)
 
 
 def _measure(model: Any, peer: Any, case: Case, repeats: int) -> Measured:
@@ -115,7 +132,6 @@ def _measure(model: Any, peer: Any, case: Case, repeats: int) -> Measured:
             prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=case.tokens,
-            min_new_tokens=case.tokens,
             do_sample=False,
         )
         return out[:, case.prompt :].tolist()

@@ -35,7 +35,8 @@ class Row:
     """How one of megakda's tensors lies in published ones.
 
     Attributes:
-        part: the layers that have it: every, kda, mla, dense or moe; before or after all layers.
+        part: the layers that have it: every, kda, mla, dense or moe, "direct" or "latent" for MLA
+            without and with a latent for queries; before or after all layers.
         ours: megakda's name; in layers, below ``decoder.layers.{i}.``.
         theirs: published names; in layers, below ``model.layers.{i}.``; ``{e}`` counts experts,
             other words in braces are those of `SPELLINGS`.
@@ -76,6 +77,7 @@ SYMBOLS = {
     "N": "mla.qk_nope_head_dim",
     "P": "mla.qk_shared_head_dim",
     "L": "mla.kv_lora_rank",
+    "Q": "mla.q_lora_rank",
     "U": "mla.v_head_dim",
     "HQ": "num_heads x (N + P)",
     "LP": "L + P",
@@ -115,7 +117,10 @@ TABLE = (
     _mixer("kda", "o_norm.weight", "D"),
     _mixer("kda", "o_proj.weight", "h HD"),
     # MLA
-    _mixer("mla", "q_proj.weight", "HQ h", how="rotary"),
+    _mixer("direct", "q_proj.weight", "HQ h", how="rotary"),
+    _mixer("latent", "q_a_proj.weight", "Q h"),
+    _mixer("latent", "q_a_layernorm.weight", "Q"),
+    _mixer("latent", "q_b_proj.weight", "HQ Q", how="rotary"),
     _mixer("mla", "kv_a_proj_with_mqa.weight", "LP h", how="rotary"),
     _mixer("mla", "kv_a_layernorm.weight", "L"),
     _mixer("mla", "kv_b_proj.weight", "HB L"),
@@ -263,7 +268,9 @@ def tensors(model: ModelConfig) -> Iterator[Tensor]:
     yield from rows({"before"})
     for layer, kind in enumerate(_kinds(model)):
         moe = model.ffn == "moe" and layer >= model.moe.first_dense_layers
-        parts = {"every", "mla" if kind == FULL else "kda", "moe" if moe else "dense"}
+        query = "direct" if model.mla.q_lora_rank is None else "latent"
+        mixer = {"mla", query} if kind == FULL else {"kda"}
+        parts = {"every", *mixer, "moe" if moe else "dense"}
         yield from rows(parts, layer)
     yield from rows({"after"})
 
@@ -342,6 +349,7 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
         "D": linear.head_dim_v,
         "W": linear.conv_kernel,
         "L": mla.kv_lora_rank,
+        "Q": mla.q_lora_rank or 0,
         "HQ": heads * (nope + shared),
         "LP": mla.kv_lora_rank + shared,
         "HB": heads * (nope + value),
@@ -376,8 +384,8 @@ There are two formats:
 Other models have no published format, and converting them is refused: Gated DeltaNet, rotary
 positions in a hybrid, the bounded decay gate, another output gate than the sigmoid, no convolution,
 head sizes and gate ranks of KDA that differ, norms with different epsilons, no shared expert.
-Folders are refused that have compressed queries (`q_lora_rank`), tied embeddings, biases, scaled
-rotary positions, heads for multi-token prediction, or quantised weights.""".splitlines()
+Folders are refused that have tied embeddings, biases, scaled rotary positions, heads for
+multi-token prediction, or quantised weights.""".splitlines()
 
 
 def markdown() -> str:

@@ -19,7 +19,7 @@ from megakda.errors import CheckpointError
 
 ARCHITECTURES = {KIMI_LINEAR: "KimiLinearForCausalLM", DEEPSEEK_V3: "DeepseekV3ForCausalLM"}
 KV_NORM_EPS = 1e-6
-"""Of the norm on MLA's latent: written into the published code, not into its settings."""
+"""Of the norms on MLA's latents: written into the published code, not into its settings."""
 
 
 class Settings:
@@ -65,6 +65,7 @@ class Settings:
             init_std=self.number("initializer_range", default=0.02),
             linear=linear,
             mla=MLAConfig(
+                q_lora_rank=self.whole("q_lora_rank", default=0) or None,
                 kv_lora_rank=self.whole("kv_lora_rank"),
                 qk_nope_head_dim=self.whole("qk_nope_head_dim"),
                 qk_shared_head_dim=self.whole("qk_rope_head_dim"),
@@ -103,7 +104,6 @@ class Settings:
         """Settings that have one value in megakda."""
         heads = self.config.get("num_attention_heads")
         self.only("num_key_value_heads", heads, "every head has its own keys")
-        self.only("q_lora_rank", None, "queries are not compressed")
         self.only("hidden_act", "silu", "feed-forwards are SwiGLU")
         self.only("tie_word_embeddings", False, "embedding and output layer are apart")
         self.only("attention_bias", False, "no linear has a bias")

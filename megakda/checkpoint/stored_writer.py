@@ -39,6 +39,8 @@ from megakda.errors import CheckpointError
 
 _JOB, _INDEX = "job.json", ".index.json"
 _PART_NAME = re.compile(r"\w[\w.-]*")
+WRITE_BUFFER = 1 << 20
+"""Bytes; torch.save writes in small pieces, and through Python's own buffer 3 times slower."""
 
 
 class CheckpointWriter:
@@ -91,7 +93,7 @@ class CheckpointWriter:
         scratch = self.partial / f".{file}.{os.getpid()}.tmp"
         blocks: list[_Block] = []
         try:
-            with open(scratch, "wb") as stream:
+            with open(scratch, "wb", buffering=WRITE_BUFFER) as stream:
                 for tensor_name, block, shape, offset in tensors:
                     blocks.append(self._write_block(stream, tensor_name, block, shape, offset))
                     del block  # or it would be held while the next one is made

@@ -106,7 +106,6 @@ WRONG_SETTINGS = {
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
         ["model_type='llama'", "kimi_linear (KimiLinearForCausalLM)"],
     ),
-    "compressed queries": ({"q_lora_rank": 16}, ["q_lora_rank=16", "only null"]),
     "tied": ({"tie_word_embeddings": True}, ["tie_word_embeddings=True"]),
     "biases": ({"attention_bias": True}, ["attention_bias=True"]),
     "softmax": (

@@ -56,6 +56,12 @@ SHAPES = {
         "model.moe.top_groups=1",
     ],
     "kda_alone": ["model.pattern=1:0"],
+    "latent_queries": ["model.mla.q_lora_rank=24"],
+    "latent_queries_with_rotary_positions": [
+        "model.pattern=0:1",
+        "model.mla.rope=true",
+        "model.mla.q_lora_rank=24",
+    ],
 }
 
 

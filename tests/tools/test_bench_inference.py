@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from megakda.bench.conversion import Conversion
 from megakda.bench.inference import Plan, measure
 from megakda.bench.inference_report import HEAD, table, write
 from megakda.bench.peer import Case, Comparison, Measured
@@ -39,7 +40,8 @@ def test_points_files_and_picture(tmp_path):
     growth = [p[1].cache_bytes - p[0].cache_bytes for p in (kimi, mla)]
     assert growth[1] == 4 * growth[0]  # one of four layers keeps latents
 
-    peer = Comparison("runs/x", 1, "5.0", [Measured(Case(2, 8, 10), 2.0, 5.0, 2)])
+    converted = [Conversion("fp32", 300.0, 1.0, 2.0, 4.0)]
+    peer = Comparison("runs/x", 1, "5.0", [Measured(Case(2, 8, 10), 2.0, 5.0, 2)], converted)
     paths = write(tmp_path / "inference_cpu", points, PLAN, peer, WHERE)
     assert [path.suffix for path in paths] == [".json", ".md", ".png"]
     data = json.loads(paths[0].read_text())
@@ -47,6 +49,7 @@ def test_points_files_and_picture(tmp_path):
     text = paths[1].read_text()
     assert "| Kimi Linear | 64 |" in text and "| kimi_linear_48b | 41.4 |" in text
     assert "| 2 | 8 | 10 | 10 | 4 | 2.50 | 2 of 2 |" in text
+    assert "| fp32 | 300 | 1.00 | 2.00 | 4.00 |" in text
     assert paths[2].read_bytes().startswith(b"\x89PNG")
     assert all(len(row) == len(HEAD) for row in table(points))
 
