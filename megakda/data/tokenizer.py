@@ -1,43 +1,46 @@
 """Tokenizers: raw bytes, a local Hugging Face folder, or a tiktoken rank file.
 
-All of them turn text into ids without ever reading special tokens out of the text, so a document
-that quotes ``<|endoftext|>`` cannot end itself. Nothing here touches the network.
+`encode` never reads special tokens out of the text, so a document that quotes ``<|endoftext|>``
+cannot end itself; `encode_with_special` does, for chat templates. Nothing here touches the
+network.
 """
 
 from __future__ import annotations
 
-import ast
-import base64
-import binascii
-import hashlib
+import copy
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
+from megakda.data.tiktoken_tokenizer import DEFAULT_TIKTOKEN_PATTERN, TiktokenTokenizer
+from megakda.data.tokenizer_base import (
+    SETTING,
+    BaseTokenizer,
+    Tokenizer,
+    fingerprint_of,
+    first_line,
+    some,
+    valid_text,
+)
 from megakda.errors import DataError
 
-SPECS = "byte, hf:DIR or tiktoken:FILE"
-_SETTING = "set data.tokenizer (or --tokenizer)"
+__all__ = [
+    "DEFAULT_TIKTOKEN_PATTERN",
+    "SPECS",
+    "ByteTokenizer",
+    "HFTokenizer",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "first_line",
+    "load_tokenizer",
+    "some",
+]
 
-# How text is cut into pieces before merging, where a rank file comes without its own pattern:
-# contractions, words with one leading character, up to three digits, punctuation, line ends,
-# blanks.
-DEFAULT_TIKTOKEN_PATTERN = "|".join(
-    [
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
-_EOD_NAME = "<|endofdocument|>"
+SPECS = "byte, hf:DIR or tiktoken:FILE"
 
 # Exercises what two tokenizers with the same vocabulary can still do differently.
 _PROBE = (
@@ -46,79 +49,28 @@ _PROBE = (
     "\u043f\u0440\u0438 \u0645\u0631 \U0001f469\u200d\U0001f4bb \ufb01 \u00bd   trailing "
 )
 
-# tiktoken's split regex recurses over a run of blanks, and a very long one overflows its stack.
-_MAX_RUN = 25_000  # characters
-_RUNS = re.compile(rf"\s{{1,{_MAX_RUN}}}|\S{{1,{_MAX_RUN}}}")
-_MIXED = re.compile(r"\s+\S|\S+\s")
 
+class ByteTokenizer(BaseTokenizer):
+    """The 256 bytes of UTF-8, and 256 for the end of a document.
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What the data pipeline, generation and megatron-core's GPTDataset need of a tokenizer."""
-
-    spec: str  # what `load_tokenizer` was given
-    vocab_size: int  # largest id + 1
-    eod: int  # id that ends a document
-    pad: int  # id of padding, -1 if there is none
-    fingerprint: str  # equal for two tokenizers exactly if they give the same ids
-
-    @property
-    def unique_identifiers(self) -> dict[str, Any]:
-        """What megatron-core's index caches are keyed by."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`; special tokens spelled out in the text are ordinary text."""
-        ...
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as a one-dimensional integer array."""
-        ...
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; special tokens are left out and broken UTF-8 becomes U+FFFD."""
-        ...
-
-
-class _Base:
-    spec: str
-    vocab_size: int
-    eod: int
-    pad: int = -1
-    fingerprint: str
-
-    @property
-    def unique_identifiers(self) -> dict[str, Any]:
-        # Without the path, so that moving the files does not rebuild megatron-core's caches.
-        return {
-            "class": type(self).__name__,
-            "fingerprint": self.fingerprint,
-            "vocab_size": self.vocab_size,
-            "eod": self.eod,
-        }
-
-    def encode(self, text: str) -> list[int]:
-        raise NotImplementedError
-
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.asarray(self.encode(text), dtype=np.int32)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.spec!r}, vocab_size={self.vocab_size}, eod={self.eod})"
-
-
-class ByteTokenizer(_Base):
-    """The 256 bytes of UTF-8, and 256 for the end of a document."""
+    The end has no spelling, so there is no text that `encode_with_special` reads another way.
+    """
 
     spec = "byte"
     vocab_size = 257
     eod = 256
 
     def __init__(self) -> None:
-        self.fingerprint = _fingerprint(b"byte", b"256", b"eod=256")
+        self.fingerprint = fingerprint_of(b"byte", b"256", b"eod=256")
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))
+
+    def encode_with_special(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def special_names(self) -> dict[str, str]:
+        return {"bos_token": "", "eos_token": ""}  # templates may put them together with text
 
     def encode_array(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
@@ -133,7 +85,7 @@ class ByteTokenizer(_Base):
         return out.decode("utf-8", errors="replace")
 
 
-class HFTokenizer(_Base):
+class HFTokenizer(BaseTokenizer):
     """A local Hugging Face tokenizer folder."""
 
     def __init__(self, folder: Path, spec: str) -> None:
@@ -147,7 +99,7 @@ class HFTokenizer(_Base):
         if not folder.is_dir():
             raise DataError(
                 f"data.tokenizer={spec!r}: {folder} is not a folder; hf:DIR needs the local folder "
-                f"that holds tokenizer.json (model names are not downloaded): {_SETTING}"
+                f"that holds tokenizer.json (model names are not downloaded): {SETTING}"
             )
         try:
             tok = AutoTokenizer.from_pretrained(
@@ -160,7 +112,7 @@ class HFTokenizer(_Base):
             )
             raise DataError(
                 f"data.tokenizer={spec!r}: transformers cannot load {folder} (it holds "
-                f"{some(names)}){hint}: {_SETTING}. transformers says: {first_line(e)}"
+                f"{some(names)}){hint}: {SETTING}. transformers says: {first_line(e)}"
             ) from e
         self._tok = tok
         self._fast = getattr(tok, "backend_tokenizer", None) if tok.is_fast else None
@@ -181,7 +133,7 @@ class HFTokenizer(_Base):
         # end-of-document token that would remove every document end.
         pad = tok.pad_token_id
         self.pad = -1 if pad is None or pad == self.eod else int(pad)
-        self.fingerprint = _fingerprint(
+        self.fingerprint = fingerprint_of(
             b"hf",
             json.dumps(sorted(vocab.items(), key=lambda kv: (kv[1], kv[0]))).encode(),
             self._merges(),
@@ -197,12 +149,30 @@ class HFTokenizer(_Base):
         return json.dumps([m if isinstance(m, str) else " ".join(m) for m in merges]).encode()
 
     def encode(self, text: str) -> list[int]:
-        text = _valid(text)
-        if self._fast is not None:
+        return self._encode(text, self._fast, split_special_tokens=True)
+
+    def encode_with_special(self, text: str) -> list[int]:
+        return self._encode(text, self._fast_special, split_special_tokens=False)
+
+    @cached_property
+    def _fast_special(self) -> Any:
+        # `encode_special_tokens` is a switch of the whole backend. Flipping it would change what
+        # `encode` gives other threads at that moment, so there is a backend for each position.
+        other = copy.deepcopy(self._fast)
+        if other is not None:
+            other.encode_special_tokens = False
+        return other
+
+    def _encode(self, text: str, fast: Any, split_special_tokens: bool) -> list[int]:
+        text = valid_text(text)
+        if fast is not None:
             # Three times as fast as `encode`, which also works out the offsets of each token.
-            return self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self._tok.encode(
-            text, add_special_tokens=False, split_special_tokens=True, truncation=False
+            text,
+            add_special_tokens=False,
+            split_special_tokens=split_special_tokens,
+            truncation=False,
         )
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -210,83 +180,12 @@ class HFTokenizer(_Base):
             [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
+    def chat_template(self) -> str | None:
+        found = self._tok.chat_template
+        return found.get("default") if isinstance(found, dict) else found
 
-class TiktokenTokenizer(_Base):
-    """A tiktoken rank file: one ``base64(token) rank`` per line.
-
-    The split pattern and the special tokens come from ``tiktoken_config.json`` and
-    ``tokenizer_config.json`` beside the file, the first one winning:
-
-    - ``pattern`` (or ``pat_str``): the split regex. A ``tokenizer_config.json`` whose ``auto_map``
-      names a Python module has its pattern there; the literal ``pat_str`` of that module is read,
-      and the module is never run. Without any of these: `DEFAULT_TIKTOKEN_PATTERN`.
-    - ``special_tokens`` ``{text: id}``, or ``added_tokens_decoder`` ``{id: {"content": text}}``.
-    - ``eod_token`` (or ``eos_token``) and ``pad_token``: names of special tokens. Without an end
-      token one is appended after the largest id.
-    """
-
-    def __init__(self, file: Path, spec: str) -> None:
-        try:
-            import tiktoken
-        except ImportError as e:
-            raise DataError(
-                f"data.tokenizer={spec!r} needs the tiktoken package ({e}): pip install tiktoken"
-            ) from e
-        ranks = _read_ranks(file, spec)
-        config = _tiktoken_config(file, spec)
-        pattern = _pattern(file, config, spec)
-        special = _special_tokens(config, ranks, spec)
-        eod_name = _token_name(config, "eod_token", "eos_token")
-        pad_name = _token_name(config, "pad_token")
-        if eod_name is None:
-            eod_name = _EOD_NAME
-            special[eod_name] = max(max(ranks.values()), *special.values(), -1) + 1
-        for key, name in (("eod_token/eos_token", eod_name), ("pad_token", pad_name)):
-            if name is not None and name not in special:
-                raise DataError(
-                    f"data.tokenizer={spec!r}: {key} {name!r} beside {file.name} is not one of its "
-                    f"special tokens ({some(list(special))}): add it to special_tokens in "
-                    f"{file.parent / 'tiktoken_config.json'}"
-                )
-        try:
-            self._enc = tiktoken.Encoding(
-                name=file.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-            )
-        except Exception as e:
-            raise DataError(
-                f"data.tokenizer={spec!r}: tiktoken refuses the pattern {pattern!r} or the special "
-                f"tokens beside {file.name}: {first_line(e)}; correct "
-                f"{file.parent / 'tiktoken_config.json'}"
-            ) from e
-        self._special = frozenset(special.values())
-        self._known = frozenset(ranks.values())
-        self.spec = spec
-        self.vocab_size = max(max(ranks.values()), *special.values()) + 1
-        self.eod = special[eod_name]
-        pad = special.get(pad_name, -1) if pad_name is not None else -1
-        self.pad = -1 if pad == self.eod else pad  # as in HFTokenizer
-        self.fingerprint = _fingerprint(
-            b"tiktoken",
-            b"".join(b"%d %s\n" % (r, base64.b64encode(t)) for t, r in sorted(ranks.items())),
-            pattern.encode(),
-            json.dumps(sorted(special.items())).encode(),
-            f"eod={self.eod}".encode(),
-        )
-
-    def encode(self, text: str) -> list[int]:
-        text = _valid(text)
-        if not _may_hold_long_run(text):
-            return self._enc.encode_ordinary(text)
-        return [i for part in _split_runs(text) for i in self._enc.encode_ordinary(part)]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        out = bytearray()
-        for i in map(int, ids):
-            if i in self._known:
-                out += self._enc.decode_single_token_bytes(i)
-            elif i not in self._special:
-                out += "\ufffd".encode()
-        return out.decode("utf-8", errors="replace")
+    def special_names(self) -> dict[str, str]:
+        return dict(self._tok.special_tokens_map)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -307,204 +206,4 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if kind in ("hf", "tiktoken") and rest:
         path = Path(rest).expanduser()
         return HFTokenizer(path, spec) if kind == "hf" else TiktokenTokenizer(path, spec)
-    raise DataError(f"data.tokenizer={spec!r} is not one of {SPECS}: {_SETTING}")
-
-
-def _fingerprint(*parts: bytes) -> str:
-    h = hashlib.sha256()
-    for part in parts:
-        h.update(len(part).to_bytes(8, "little"))
-        h.update(part)
-    return h.hexdigest()[:16]
-
-
-def _valid(text: str) -> str:
-    # Half a surrogate pair is not text; the Rust tokenizers refuse it with a TypeError.
-    return text.encode("utf-8", errors="replace").decode("utf-8")
-
-
-def _may_hold_long_run(text: str) -> bool:
-    # A run longer than the limit covers at least one of these slices entirely.
-    half = _MAX_RUN // 2
-    return any(
-        _MIXED.match(text, i, i + half) is None for i in range(0, len(text) - half + 1, half)
-    )
-
-
-def _split_runs(text: str) -> list[str]:
-    """Cuts `text` so that no piece holds a longer run of blanks or of non-blanks than allowed."""
-    parts: list[str] = []
-    start = run = 0
-    blank: bool | None = None
-    for m in _RUNS.finditer(text):
-        piece_blank = m.group()[0].isspace()
-        run = run + len(m.group()) if piece_blank == blank else len(m.group())
-        if run > _MAX_RUN:
-            parts.append(text[start : m.start()])
-            start, run = m.start(), len(m.group())
-        blank = piece_blank
-    parts.append(text[start:])
-    return parts
-
-
-def _read_ranks(file: Path, spec: str) -> dict[bytes, int]:
-    # tiktoken's own reader caches by path in a shared temporary folder, and so can return what the
-    # file held earlier.
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError as e:
-        raise DataError(
-            f"data.tokenizer={spec!r}: cannot read the tiktoken rank file {file} ({e.strerror}): "
-            f"{_SETTING} to tiktoken:FILE with an existing file"
-        ) from e
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as e:
-            raise DataError(
-                f"data.tokenizer={spec!r}: line {number} of {file} is {line[:60]!r}, not a base64 "
-                f"token and its rank: {_SETTING} to a tiktoken rank file"
-            ) from e
-    absent = [b for b in range(256) if bytes([b]) not in ranks]
-    if absent:
-        raise DataError(
-            f"data.tokenizer={spec!r}: {file} has no token for {len(absent)} of the 256 bytes "
-            f"(first: {absent[0]}), so it cannot encode all text: {_SETTING} to a complete rank "
-            "file"
-        )
-    if len(set(ranks.values())) != len(ranks) or min(ranks.values()) < 0:
-        raise DataError(
-            f"data.tokenizer={spec!r}: {file} gives two tokens the same rank, or a negative one: "
-            f"{_SETTING} to a valid rank file"
-        )
-    return ranks
-
-
-def _tiktoken_config(file: Path, spec: str) -> dict[str, Any]:
-    config: dict[str, Any] = {}
-    for name in ("tokenizer_config.json", "tiktoken_config.json"):
-        path = file.parent / name
-        if not path.exists():
-            continue
-        try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(loaded, dict):
-                raise ValueError("not a JSON object")
-        except (OSError, ValueError) as e:
-            raise DataError(
-                f"data.tokenizer={spec!r}: cannot read {path}: {first_line(e)}; correct or "
-                "remove it"
-            ) from e
-        config.update(loaded)
-    return config
-
-
-def _pattern(file: Path, config: dict[str, Any], spec: str) -> str:
-    for key in ("pattern", "pat_str"):
-        if isinstance(config.get(key), str):
-            return config[key]
-    auto = (config.get("auto_map") or {}).get("AutoTokenizer")
-    names = [n for n in (auto if isinstance(auto, list) else [auto]) if isinstance(n, str)]
-    if not names:
-        return DEFAULT_TIKTOKEN_PATTERN
-    module = file.parent / (names[0].split("--")[-1].split(".")[0] + ".py")
-    found = _literal_pattern(module) if module.exists() else None
-    if found is None:
-        # Falling back to the default pattern would give almost, but not quite, the right ids.
-        why = "has no literal pat_str" if module.exists() else "is not there"
-        raise DataError(
-            f"data.tokenizer={spec!r}: tokenizer_config.json says that the split pattern is in "
-            f'{module}, which {why}: put the file there, or write the pattern as "pattern" into '
-            f"{file.parent / 'tiktoken_config.json'}"
-        )
-    return found
-
-
-def _literal_pattern(module: Path) -> str | None:
-    """The string constant `pat_str` of a Python file, found without running the file."""
-    try:
-        tree = ast.parse(module.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError):
-        return None
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign):
-            targets, value = node.targets, node.value
-        elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            targets, value = [node.target], node.value
-        else:
-            continue
-        if any(isinstance(t, ast.Name) and t.id == "pat_str" for t in targets):
-            text = _literal_string(value)
-            if text is not None:
-                return text
-    return None
-
-
-def _literal_string(node: ast.expr) -> str | None:
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, str) else None
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        left, right = _literal_string(node.left), _literal_string(node.right)
-        return None if left is None or right is None else left + right
-    if (  # "|".join([...])
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "join"
-        and len(node.args) == 1
-        and isinstance(node.args[0], ast.List | ast.Tuple)
-    ):
-        sep = _literal_string(node.func.value)
-        parts = [_literal_string(e) for e in node.args[0].elts]
-        if sep is not None and None not in parts:
-            return sep.join(p for p in parts if p is not None)
-    return None
-
-
-def _special_tokens(config: dict[str, Any], ranks: dict[bytes, int], spec: str) -> dict[str, int]:
-    try:
-        special = {
-            (entry["content"] if isinstance(entry, dict) else str(entry)): int(i)
-            for i, entry in (config.get("added_tokens_decoder") or {}).items()
-        }
-        special.update({str(t): int(i) for t, i in (config.get("special_tokens") or {}).items()})
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise DataError(
-            f"data.tokenizer={spec!r}: its config gives special tokens in an unknown form "
-            f'({first_line(e)}); use "special_tokens": {{text: id}} in tiktoken_config.json'
-        ) from e
-    taken = set(ranks.values())
-    clash = [t for t, i in special.items() if i in taken or i < 0]
-    if clash or len(set(special.values())) != len(special):
-        raise DataError(
-            f"data.tokenizer={spec!r}: special token ids must be unique and outside the "
-            f"{len(ranks)} ranks, but {some(clash or list(special))} are not: correct "
-            "special_tokens in tiktoken_config.json"
-        )
-    return special
-
-
-def _token_name(config: dict[str, Any], *keys: str) -> str | None:
-    for key in keys:
-        value = config.get(key)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            return value
-    return None
-
-
-def some(names: Sequence[str], most: int = 8) -> str:
-    """The first names of a list, for an error message."""
-    if not names:
-        return "nothing"
-    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
-
-
-def first_line(e: BaseException) -> str:
-    """What an exception says, in one line."""
-    text = str(e).strip() or type(e).__name__
-    return text.splitlines()[0][:300]
+    raise DataError(f"data.tokenizer={spec!r} is not one of {SPECS}: {SETTING}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +19,34 @@ Template = Callable[[Messages], list[int]]
 def load_template(tokenizer: Tokenizer, source: str | None) -> Template | None:
     """The chat template of a model.
 
-    With a Hugging Face tokenizer, transformers renders it, and special tokens in its text become
-    single tokens, as it is usual: also those that a message quotes. With other tokenizers, all of
-    the text is ordinary.
+    Special tokens in the text that a template makes become single tokens, as it is usual: also
+    those that a message quotes.
 
     Args:
         source: from `read_template`, in the place of the tokenizer's own.
 
     Returns:
         None: this model has none.
+
+    Raises:
+        ConfigError: it is no template.
+        DataError: the tokenizer's own cannot be read, or a special token that the tokenizer's files
+            name is none.
     """
-    if tokenizer.spec.startswith("hf:"):
-        return _with_transformers(tokenizer.spec.removeprefix("hf:"), source)
+    name = "--chat-template"
+    if source is None:
+        name, source = f"the chat template of {tokenizer.spec}", tokenizer.chat_template()
     if source is None:
         return None
-    template = _environment().from_string(source)
+    template = _compile(source, name)
+    names = tokenizer.special_names()
+    tokenizer.encode_with_special("")  # some tokenizers build something large the first time
 
     def render(messages: Messages) -> list[int]:
-        text = template.render(
-            messages=messages, add_generation_prompt=True, bos_token="", eos_token=""
-        )
-        return tokenizer.encode(text)
-
-    return render
-
-
-def _with_transformers(folder: str, source: str | None) -> Template | None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(Path(folder).expanduser()), local_files_only=True, trust_remote_code=False
-    )
-    if source is None and tokenizer.chat_template is None:
-        return None
-
-    def render(messages: Messages) -> list[int]:
-        return tokenizer.apply_chat_template(
-            messages,
-            chat_template=source,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
+        # Absent tools and documents are None, not undefined, for whoever asks `is not none`.
+        asked = {"messages": messages, "tools": None, "documents": None}
+        return tokenizer.encode_with_special(
+            template.render({**names, **asked, "add_generation_prompt": True})
         )
 
     return render
@@ -69,32 +58,73 @@ def read_template(file: Path) -> str:
     Raises:
         ConfigError: `file` cannot be read or is no template.
     """
-    from jinja2 import TemplateSyntaxError
-
     try:
-        source = file.read_text()
-        _environment().parse(source)
+        source = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {file} cannot be read: {error}") from error
-    except TemplateSyntaxError as error:
-        raise ConfigError(
-            f"--chat-template {file}: line {error.lineno} is no Jinja template: {error.message}"
-        ) from error
+    _compile(source, f"--chat-template {file}")
     return source
 
 
+def _compile(source: str, name: str) -> Any:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        return _environment().from_string(source)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"{name}: line {error.lineno} is no Jinja template: {error.message}; correct it, or "
+            "name another with --chat-template FILE"
+        ) from error
+
+
 def _environment() -> Any:
-    """The environment that chat templates are written for."""
-    from jinja2 import TemplateError
+    """The environment that chat templates are written for.
+
+    Its options, functions and statements are those of transformers
+    (`transformers.utils.chat_template_utils`), in which published templates are written.
+    """
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def refuse(message: str) -> None:
+    class Generation(Extension):
+        """`{% generation %}`: marks what the assistant wrote, for the loss of a fine-tuning."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    # transformers' generation tags are Jinja statements of its own; templates for training alone
-    # have them, so they are not known here.
+    def strftime_now(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own is for HTML, and writes < as \u003c.
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
     return environment

@@ -5,10 +5,11 @@ import builtins
 import json
 import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megakda.data.tokenizer import DEFAULT_TIKTOKEN_PATTERN, Tokenizer, load_tokenizer
 from megakda.errors import DataError
@@ -22,6 +23,7 @@ TEXTS = [
     "tabs\tand\r\nlines\n\n\n   and blanks   ",
     "nul \x00 and \ufeff inside",
 ]
+END = "<|endoftext|>"
 KIMI_LIKE = r"[\p{Han}]+|[\p{L}&&[^\p{Han}]]+|\p{N}{1,3}|[^\s\p{L}\p{N}]+|\s+"
 
 
@@ -111,6 +113,12 @@ def test_special_tokens_in_text_are_text(tok):
     assert tok.decode(ids) == text
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_encode_with_special_is_encode_where_nothing_is_spelled(tok, text):
+    assert tok.encode_with_special(text) == tok.encode(text)
+    assert tok.encode_with_special(f"{text}\ud800") == tok.encode(f"{text}?")
+
+
 def test_decode_leaves_specials_out_and_survives_anything(tok):
     ids = tok.encode("ab")
     assert tok.decode([ids[0], tok.eod, *ids[1:], tok.eod]) == "ab"
@@ -129,6 +137,8 @@ def test_byte_ids():
     assert tok.encode("aé\n") == [97, 0xC3, 0xA9, 10]
     assert tok.decode([0xFF, 97, 256, 300]) == "\ufffda\ufffd"
     assert tok.decode([]) == ""
+    assert tok.encode_with_special("<|endofdocument|>") == list(b"<|endofdocument|>")
+    assert tok.chat_template() is None
     assert pickle.loads(pickle.dumps(tok)).fingerprint == tok.fingerprint
 
 
@@ -147,6 +157,54 @@ def test_hf_ignores_saved_truncation_and_padding(tmp_path):
     tok = load_tokenizer(f"hf:{make_hf(tmp_path, truncate=True)}")
     assert tok.decode(tok.encode("x" * 100)) == "x" * 100
     assert len(tok.encode("x")) == 1
+
+
+def test_hf_special_tokens(tmp_path):
+    folder = make_hf(tmp_path, truncate=True)
+    rust = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+    rust.post_processor = processors.TemplateProcessing(f"{END} $A", None, [(END, 0)])
+    rust.save(str(folder / "tokenizer.json"))
+    tok = load_tokenizer(f"hf:{folder}")
+    before = tok.encode(f"the{END}cat<pad>")
+    # Nothing is added in front, and nothing cut off or padded.
+    expected = [*tok.encode("the"), 0, *tok.encode("cat"), 1]
+    assert tok.encode_with_special(f"the{END}cat<pad>") == expected
+    assert tok.encode(f"the{END}cat<pad>") == before and not {0, 1} & set(before)
+    assert tok.special_names() == {"eos_token": END, "pad_token": "<pad>"}
+
+
+def test_hf_modes_do_not_meet_in_threads(hf_dir):
+    tok = load_tokenizer(f"hf:{hf_dir}")
+    texts = [f"the {END} cat {number}" for number in range(400)]
+    ordinary = [tok.encode(text) for text in texts]
+    special = [tok.encode_with_special(text) for text in texts]
+    assert all(0 not in a and b.count(0) == 1 for a, b in zip(ordinary, special, strict=True))
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(lambda: [tok.encode(t) for t in texts]) for _ in range(2)]
+        runs += [pool.submit(lambda: [tok.encode_with_special(t) for t in texts]) for _ in range(2)]
+        assert [run.result() for run in runs] == [ordinary, ordinary, special, special]
+
+
+def test_hf_tokenizer_in_python(tmp_path):
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    tok = load_tokenizer(f"hf:{tmp_path}")
+    a, b = tok.encode("a")[0], tok.encode("b")[0]
+    assert tok.encode_with_special("a</s>b") == [a, 1, b] and 1 not in tok.encode("a</s>b")
+
+
+def test_hf_chat_template(tmp_path):
+    folder = make_hf(tmp_path)
+    assert load_tokenizer(f"hf:{folder}").chat_template() is None
+    (folder / "chat_template.jinja").write_text("one")
+    assert load_tokenizer(f"hf:{folder}").chat_template() == "one"
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for names, expected in ((["rag", "default"], "default"), (["rag", "tool_use"], None)):
+        config["chat_template"] = [{"name": name, "template": name} for name in names]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        assert load_tokenizer(f"hf:{folder}").chat_template() == expected
 
 
 def test_hf_padding_that_is_the_document_end_is_no_padding(tmp_path):
@@ -256,6 +314,53 @@ def test_tiktoken_long_runs(tmp_path):
         assert tok.decode(tok.encode(text)) == text
     words = "the cat in the hat\n" * 5_000
     assert tok.encode(words) == tok._enc.encode_ordinary(words)
+
+
+def test_tiktoken_special_tokens(tmp_path):
+    names = {"<a>": 300, "<a>the": 301, "[EOS]": 302, "|": 303, "": 304}
+    config = {"special_tokens": names, "eos_token": "[EOS]", "bos_token": {"content": "<a>"}}
+    tok = load_tokenizer(f"tiktoken:{make_tiktoken(tmp_path, config=config)}")
+    assert tok.encode_with_special("the<a> the<a>the|[EOS]") == [257, 300, 258, 301, 303, 302]
+    assert tok.encode("<a>the") == [*b"<a>", 257]
+    assert tok.special_names() == {"eos_token": "[EOS]", "bos_token": "<a>"}
+    # Inside a run that is cut because of its length, one is found wherever it is.
+    text = "x" * 24_998 + "[EOS]" + "y" * 30_000
+    ids = tok.encode_with_special(text)
+    assert ids.count(302) == 1 and len(ids) == len(text) - 4
+    config["special_tokens"] = {"[EOS]": 302, "<b>": 303}
+    tok = load_tokenizer(f"tiktoken:{make_tiktoken(tmp_path, config=config)}")
+    with pytest.raises(DataError, match=r"bos_token '<a>' beside tiktoken\.model is not one of"):
+        tok.special_names()
+    # Where no two begin alike, the ids are tiktoken's own.
+    tok = load_tokenizer(
+        f"tiktoken:{make_tiktoken(tmp_path, config=config | {'bos_token': '<b>'})}"
+    )
+    text = "the cat<b> in\n\n<b>[EOS] the [EOS]"
+    assert tok.encode_with_special(text) == tok._enc.encode(text, allowed_special="all")
+
+
+def test_tiktoken_document_end_of_its_own_is_special(tmp_path):
+    tok = load_tokenizer(f"tiktoken:{make_tiktoken(tmp_path)}")
+    end = tok.special_names()["eos_token"]
+    assert tok.encode_with_special(f"in{end}in") == [259, tok.eod, 259]
+    assert tok.chat_template() is None
+
+
+def test_tiktoken_chat_template(tmp_path):
+    def load(template):
+        file = make_tiktoken(tmp_path, config={"chat_template": template})
+        return load_tokenizer(f"tiktoken:{file}")
+
+    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]
+    assert [load(t).chat_template() for t in ("one", named, named[:1])] == ["one", "yes", None]
+    for wrong in (5, ["one"], [{"name": "default"}], [{"name": "default", "template": 5}]):
+        with pytest.raises(DataError, match=r"chat_template beside tiktoken\.model has an unknown"):
+            load(wrong).chat_template()
+    (tmp_path / "chat_template.jinja").write_text("é", encoding="utf-8")
+    assert load("one").chat_template() == "é"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"cannot read .*chat_template\.jinja"):
+        load("one").chat_template()
 
 
 def test_tiktoken_reads_the_file_as_it_is_now(tmp_path):

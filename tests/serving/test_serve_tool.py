@@ -17,10 +17,8 @@ import httpx
 import pytest
 
 import megakda
-from megakda.data.tokenizer import load_tokenizer
-from megakda.errors import ConfigError, RuntimeMismatch
+from megakda.errors import RuntimeMismatch
 from megakda.serving import PACKAGES, require_packages
-from megakda.serving.chat import load_template, read_template
 from tests import jobs
 
 TOOL = Path(megakda.__file__).resolve().parents[1] / "tools" / "serve.py"
@@ -114,50 +112,3 @@ def test_missing_packages(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(RuntimeMismatch, match=r"pip install 'megakda\[serve\]'"):
         require_packages()
-
-
-# ------------------------------------------------------------------ chat templates
-
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
-
-
-def hf_folder(path: Path, template: str | None) -> str:
-    """A Hugging Face tokenizer of bytes with special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
-    fast.chat_template = template
-    fast.save_pretrained(path)
-    return f"hf:{path}"
-
-
-def test_chat_templates(tmp_path):
-    conversation = [{"role": "user", "content": "hi"}]
-    own = load_tokenizer(hf_folder(tmp_path / "own", TEMPLATE + "{% if eos_token %}.{% endif %}"))
-    with_own = load_template(own, None)(conversation)
-    # The template's special token is one token, and the tokenizer's names are known to it.
-    assert len(with_own) == 1 + len("hi.") and own.decode(with_own) == "hi."
-    assert len(load_template(own, TEMPLATE + "!!")(conversation)) == 1 + len("hi!!")
-    none = load_tokenizer(hf_folder(tmp_path / "none", None))
-    assert load_template(none, None) is None
-    byte = load_tokenizer("byte")
-    assert load_template(byte, None) is None
-    assert byte.decode(load_template(byte, TEMPLATE)(conversation)) == "<|user|>hi"
-
-
-def test_templates_that_are_none(tmp_path):
-    file = tmp_path / "chat.jinja"
-    file.write_text("a\n{% for m in messages %}")
-    with pytest.raises(ConfigError, match="line 2 is no Jinja template"):
-        read_template(file)
-    file.write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_template(file)
-    file.write_text(TEMPLATE)
-    assert read_template(file) == TEMPLATE
