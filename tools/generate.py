@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megakda.errors import ConfigError, MegakdaError  # noqa: E402
 from megakda.inference.choice import add_model_arguments, chosen_model  # noqa: E402
 from megakda.inference.request import SamplingParams  # noqa: E402
-from megakda.runtime.distributed import rank  # noqa: E402
+from megakda.runtime.distributed import rank, world_size  # noqa: E402
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +71,8 @@ def _prompt(args: argparse.Namespace) -> str:
         return args.prompt
     try:
         if args.prompt_file == "-":
+            if world_size() > 1:
+                raise ConfigError("--prompt-file - is read by one rank alone: name a file")
             return sys.stdin.read()
         return Path(args.prompt_file).read_text(errors="replace")
     except OSError as error:

@@ -13,25 +13,26 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 
 from megakda.config.pattern import FULL, layer_kinds
-from megakda.errors import ConfigError, MegakdaError
+from megakda.errors import ConfigError
+from megakda.inference.active import ActiveRequest, Batch
+from megakda.inference.choosing import Chosen, TokenChooser
 from megakda.inference.loading import LoadedModel
 from megakda.inference.pages import PagePool
 from megakda.inference.prefix import Prefix, PrefixCache
 from megakda.inference.request import Completion, SamplingParams, TokenLogprob, Update
 from megakda.inference.runner import ModelRunner
-from megakda.inference.sampling import choose_tokens, token_logprobs
 from megakda.inference.text import TextStream
 from megakda.layers.cached import NewTokens
 
 DEFAULT_CACHE_TOKENS = 1 << 20
+TEXT_CONTEXT = 4
+"""Tokens of the prompt that the first ones of an answer are decoded with."""
 
 
 @dataclass(frozen=True)
@@ -93,47 +94,6 @@ class EngineStats:
     steps: int
 
 
-@dataclass
-class _Sequence:
-    """A request on its way."""
-
-    request: int
-    prompt: np.ndarray
-    params: SamplingParams
-    tokens: list[int]  # of the prompt and the answer
-    text: TextStream
-    generator: torch.Generator
-    row: int = -1
-    pages: list[int] = field(default_factory=list)
-    computed: int = 0  # tokens that the caches hold
-    places: list[int] = field(default_factory=list)  # at which to save the prefix
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    cached: int = 0  # prompt tokens that a prefix covered
-    told: bool = False  # whether an update has gone out
-
-    @property
-    def answered(self) -> int:
-        return len(self.tokens) - len(self.prompt)
-
-    @property
-    def uses_prefixes(self) -> bool:
-        return self.params.cache_prefix and self.params.prompt_logprobs is None
-
-    def due(self, most: int) -> int:
-        """Tokens to compute next, up to `most`, stopping where the prefix is to be saved."""
-        ahead = [place - self.computed for place in self.places if place > self.computed]
-        return min(len(self.tokens) - self.computed, most, *ahead)
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """What a forward pass says about one sequence; None where it has nothing to say."""
-
-    token: int | None
-    logprob: TokenLogprob | None
-    prompt: list[TokenLogprob]
-
-
 class Engine:
     """Generates from a model. Every method is collective over the model's ranks.
 
@@ -154,7 +114,10 @@ class Engine:
         sequences, saved = self.settings.max_sequences, self.settings.prefix_slots
         try:
             self._runner = ModelRunner(model.chunk, sequences + saved, pages, size)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
+        except RuntimeError as error:
+            text = str(error)
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
+                raise
             raise ConfigError(
                 f"the caches of max_sequences={sequences}, prefix_slots={saved} and cache_tokens="
                 f"{self.settings.latent_tokens} do not fit into memory: lower them ({error})"
@@ -165,10 +128,10 @@ class Engine:
         self._prefixes = PrefixCache(
             list(range(sequences, sequences + saved)), self._pool, shortest=size
         )
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []
+        self._waiting: deque[ActiveRequest] = deque()
+        self._running: list[ActiveRequest] = []
         self._cancelled: list[int] = []
-        self._sampler, self._is_sampler = _find_sampler(model)
+        self._chooser = TokenChooser(model)
         self._next_request = self._prompt_tokens = self._generated = 0
         self._hits = self._hit_tokens = self._steps = 0
 
@@ -180,8 +143,10 @@ class Engine:
         """Answers all prompts; `params` for all of them, or one for each.
 
         Raises:
-            ConfigError: a request that can never be answered, before any work.
+            ConfigError: a request that can never be answered, or an engine that is busy with
+                others, before any work.
         """
+        self._check_idle()
         if isinstance(params, SamplingParams):
             params = [params] * len(prompts)
         for prompt, one in zip(prompts, params, strict=True):
@@ -189,30 +154,47 @@ class Engine:
         answers: dict[int, Completion] = {}
         for prompt, one in zip(prompts, params, strict=True):
             answers[self.submit(prompt, one)] = Completion(list(prompt))
-        while any(answer.finish_reason is None for answer in answers.values()):
-            for update in self.step():
-                if update.request in answers:
+        try:
+            while any(answer.finish_reason is None for answer in answers.values()):
+                for update in self.step():
                     answers[update.request].add(update)
+        except BaseException:
+            self._cancel_all()
+            raise
         return list(answers.values())
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Update]:
-        """Answers one prompt as it goes; closing the iterator early cancels the request."""
-        request = self.submit(prompt, params)
-        ended = False
+        """Answers one prompt as it goes; closing the iterator early cancels the request.
+
+        Raises:
+            ConfigError: a request that can never be answered, or an engine that is busy with
+                others: for several at once there are `submit` and `step`.
+        """
+        self._check_idle()
+        self.submit(prompt, params)
         try:
-            while not ended:
-                for update in self.step():
-                    if update.request == request:
-                        ended = update.finish_reason is not None
-                        yield update
+            while self.busy:
+                yield from self.step()
         finally:
-            if not ended:
-                self.cancel(request)
+            self._cancel_all()
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[TokenLogprob | None]]:
         """Log-probability of every token given those before it; the first one's is None."""
         params = SamplingParams(max_tokens=0, prompt_logprobs=0)
         return [answer.prompt_logprobs or [] for answer in self.generate(sequences, params)]
+
+    def _check_idle(self) -> None:
+        if self.busy:
+            raise ConfigError(
+                "the engine is busy with other requests, whose answers would be lost: end the "
+                "stream that is open, or use submit and step for several at once"
+            )
+
+    def _cancel_all(self) -> None:
+        """Ends everything, and forgets it."""
+        for sequence in [*self._waiting, *self._running]:
+            self.cancel(sequence.request)
+        self._cancelled.clear()
 
     # ------------------------------------------------------------------ step by step
 
@@ -255,8 +237,8 @@ class Engine:
         request = self._next_request
         self._next_request += 1
         ids = np.asarray(prompt, dtype=np.int64)
-        text = TextStream(self.model.tokenizer, params.stop)
-        self._waiting.append(_Sequence(request, ids, params, ids.tolist(), text, generator))
+        text = TextStream(self.model.tokenizer, params.stop, ids[-TEXT_CONTEXT:].tolist())
+        self._waiting.append(ActiveRequest(request, ids, params, ids.tolist(), text, generator))
         return request
 
     def cancel(self, request: int) -> None:
@@ -282,7 +264,8 @@ class Engine:
         """One forward pass over what is due; what it brought, request by request.
 
         Raises:
-            MegakdaError: the model's logits are not finite.
+            MegakdaError: the model's logits are not finite. All running requests are cancelled, as
+                after any other exception.
         """
         updates = [Update(request, finish_reason="cancelled") for request in self._cancelled]
         self._cancelled.clear()
@@ -290,12 +273,13 @@ class Engine:
         batch = self._batch()
         if not batch:
             return updates
-        logits = self._runner.forward(
-            [NewTokens(s.row, s.computed, count, s.pages) for s, count in batch],
-            [t for s, count in batch for t in s.tokens[s.computed : s.computed + count]],
-            _wanted(batch),
-        )
-        chosen = self._told(batch, logits)
+        try:
+            chosen = self._compute(batch)
+        except BaseException:
+            # Some states may be a step ahead of what is known of them: none of it can go on.
+            for sequence in list(self._running):
+                self.cancel(sequence.request)
+            raise
         self._steps += 1
         for (sequence, count), choice in zip(batch, chosen, strict=True):
             self._advance(sequence, count)
@@ -303,6 +287,16 @@ class Engine:
             if update is not None:
                 updates.append(update)
         return updates
+
+    def _compute(self, batch: Batch) -> list[Chosen]:
+        """The forward pass over a batch, and what comes of it."""
+        tokens: list[int] = []
+        wanted: list[int] = []
+        for sequence, count in batch:
+            wanted += [len(tokens) + i for i in sequence.wanted(count)]
+            tokens += sequence.tokens[sequence.computed : sequence.computed + count]
+        new = [NewTokens(s.row, s.computed, count, s.pages) for s, count in batch]
+        return self._chooser.choose(batch, self._runner.forward(new, tokens, wanted))
 
     def stats(self) -> EngineStats:
         """Counters for dashboards."""
@@ -329,6 +323,8 @@ class Engine:
     def clear_prefixes(self) -> None:
         """Forgets saved prefixes; needed after a change of the model's weights."""
         self._prefixes.clear()
+        for sequence in self._running:  # their states began with the old weights
+            sequence.places.clear()
 
     # ------------------------------------------------------------------ the schedule
 
@@ -342,13 +338,13 @@ class Engine:
             shared = 0 if prefix is None else len(prefix.tokens) // self._pool.size
             total = len(sequence.prompt) + sequence.params.max_tokens
             needed = self._pool.needed(total) - shared if self._paged else 0
-            while self._pool.free < needed and self._prefixes.evict(keep=prefix):
-                pass
-            if self._pool.free < needed:
+            if self._pool.free + self._prefixes.reclaimable(keep=prefix) < needed:
                 if prefix is None or self._running:
                     return
                 self._prefixes.clear()  # alone with a prefix that leaves no room
                 continue
+            while self._pool.free < needed:
+                self._prefixes.evict(keep=prefix)
             self._waiting.popleft()
             self._enter(sequence, prefix, needed)
 
@@ -361,7 +357,7 @@ class Engine:
             for place in other.places
         )
 
-    def _enter(self, sequence: _Sequence, prefix: Prefix | None, pages: int) -> None:
+    def _enter(self, sequence: ActiveRequest, prefix: Prefix | None, pages: int) -> None:
         sequence.row = self._rows.pop()
         if prefix is None:
             self._runner.clear(sequence.row)
@@ -383,12 +379,12 @@ class Engine:
             sequence.places = [place for place in places if place > sequence.computed]
         self._running.append(sequence)
 
-    def _leave(self, sequence: _Sequence) -> None:
+    def _leave(self, sequence: ActiveRequest) -> None:
         self._running.remove(sequence)
         self._rows.append(sequence.row)
         self._pool.give_back(sequence.pages)
 
-    def _batch(self) -> list[tuple[_Sequence, int]]:
+    def _batch(self) -> Batch:
         """What to compute in this step, single tokens first."""
         answering = [s for s in self._running if len(s.tokens) - s.computed == 1]
         batch = [(s, 1) for s in answering]
@@ -400,7 +396,7 @@ class Engine:
                 batch.append((sequence, count))
         return sorted(batch, key=lambda entry: entry[1] > 1)
 
-    def _advance(self, sequence: _Sequence, count: int) -> None:
+    def _advance(self, sequence: ActiveRequest, count: int) -> None:
         """The caches hold `count` tokens more; saves the prefix where that is due."""
         self._prompt_tokens += max(0, min(count, len(sequence.prompt) - sequence.computed))
         sequence.computed += count
@@ -412,85 +408,12 @@ class Engine:
 
     # ------------------------------------------------------------------ the tokens
 
-    def _told(
-        self, batch: list[tuple[_Sequence, int]], logits: torch.Tensor | None
-    ) -> list[_Chosen]:
-        """The choice of the rank that makes it, on every rank."""
-        chosen: list[Any] = [None]
-        if self._is_sampler:
-            assert logits is not None
-            chosen = [self._choose(batch, logits)]
-        if torch.distributed.get_world_size() > 1:
-            torch.distributed.broadcast_object_list(chosen, src=self._sampler)
-        if isinstance(chosen[0], str):
-            raise MegakdaError(chosen[0])
-        return chosen[0]
-
-    def _choose(
-        self, batch: list[tuple[_Sequence, int]], logits: torch.Tensor
-    ) -> list[_Chosen] | str:
-        """From the rows of logits that `_wanted` asked for; a text says what is wrong."""
-        if not bool(logits.isfinite().all()):
-            return "the model's logits are not finite: its weights are damaged or have diverged"
-        receiving: list[tuple[_Sequence, int]] = []  # with their rows of logits
-        asked: list[tuple[int, int, int]] = []  # row, token and alternatives of a log-probability
-        row = 0
-        for sequence, count in batch:
-            wanted = len(_wanted_of(sequence, count))
-            last = sequence.computed + count == len(sequence.tokens)
-            if last and sequence.params.max_tokens:
-                receiving.append((sequence, row + wanted - 1))
-            if sequence.params.prompt_logprobs is not None:
-                first = sequence.computed + 1
-                targets = sequence.prompt[first : first + wanted].tolist()
-                top = sequence.params.prompt_logprobs
-                asked += [(row + i, target, top) for i, target in enumerate(targets)]
-            row += wanted
-        prompts = len(asked)
-        tokens = self._draw([s for s, _ in receiving], logits[[at for _, at in receiving]])
-        for (sequence, at), token in zip(receiving, tokens, strict=True):
-            if sequence.params.logprobs is not None:
-                asked.append((at, token, sequence.params.logprobs))
-        rows, ids, tops = ([entry[i] for entry in asked] for i in range(3))
-        found = token_logprobs(logits[rows], ids, tops)
-
-        scored, chosen_scores = iter(found[:prompts]), iter(found[prompts:])
-        drawn = dict(zip((id(s) for s, _ in receiving), tokens, strict=True))
-        chosen = []
-        for sequence, count in batch:
-            params, prompt = sequence.params, []
-            if params.prompt_logprobs is not None:
-                left = len(sequence.prompt) - 1 - sequence.computed
-                prompt = [next(scored) for _ in range(min(count, max(0, left)))]
-            new = drawn.get(id(sequence))
-            has_score = new is not None and params.logprobs is not None
-            chosen.append(_Chosen(new, next(chosen_scores) if has_score else None, prompt))
-        return chosen
-
-    def _draw(self, sequences: list[_Sequence], logits: torch.Tensor) -> list[int]:
-        """The next token of each sequence from its row of logits."""
-        if not sequences:
-            return []
-        seen = [
-            torch.tensor(sorted(set(s.tokens)), device=logits.device)
-            if s.params.repetition_penalty != 1
-            else None
-            for s in sequences
-        ]
-        uniforms = [
-            float(torch.rand((), generator=s.generator, dtype=torch.float64)) for s in sequences
-        ]
-        vocabulary = min(self.model.tokenizer.vocab_size, logits.shape[1])
-        return choose_tokens(logits, [s.params for s in sequences], uniforms, seen, vocabulary)
-
-    def _take(self, sequence: _Sequence, choice: _Chosen) -> Update | None:
+    def _take(self, sequence: ActiveRequest, choice: Chosen) -> Update | None:
         """Appends the chosen token and ends the request where it is over."""
         params = sequence.params
         sequence.prompt_logprobs += choice.prompt
         if choice.token is None and sequence.computed < len(sequence.prompt):
             return None
-        if choice.token is None and params.max_tokens:
-            return None  # the state was saved one token before the prompt's end
         text, reason = "", None
         tokens: tuple[int, ...] = ()
         if choice.token is None:
@@ -510,7 +433,7 @@ class Engine:
         cached = sequence.cached if first else 0
         return Update(sequence.request, tokens, text, logprobs, prompt, cached, reason)
 
-    def _ending(self, sequence: _Sequence, token: int) -> tuple[str, str | None]:
+    def _ending(self, sequence: ActiveRequest, token: int) -> tuple[str, str | None]:
         """New text of `token`, and why the answer ends with it, if it does."""
         params = sequence.params
         ends = token in params.stop_token_ids
@@ -526,29 +449,3 @@ class Engine:
             if sequence.text.stopped:
                 reason = "stop"
         return text, reason
-
-
-def _wanted_of(sequence: _Sequence, count: int) -> list[int]:
-    """Which of a sequence's new tokens need logits: for the prompt's scores, and the last one."""
-    last = sequence.computed + count == len(sequence.tokens)
-    if sequence.params.prompt_logprobs is not None and sequence.computed < len(sequence.prompt):
-        return list(range(count))
-    return [count - 1] if last else []
-
-
-def _wanted(batch: list[tuple[_Sequence, int]]) -> list[int]:
-    """The same over the flat batch."""
-    wanted, start = [], 0
-    for sequence, count in batch:
-        wanted += [start + i for i in _wanted_of(sequence, count)]
-        start += count
-    return wanted
-
-
-def _find_sampler(model: LoadedModel) -> tuple[int, bool]:
-    """The rank that chooses tokens, and whether it is this one: first with the model's logits."""
-    mine = model.chunk.post_process and parallel_state.get_tensor_model_parallel_rank() == 0
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    sampler = everyone.index(True)
-    return sampler, sampler == torch.distributed.get_rank()

@@ -27,6 +27,10 @@ class PagePool:
         """All pages."""
         return len(self._holders)
 
+    def holders(self, page: int) -> int:
+        """How many hold a page."""
+        return self._holders[page]
+
     def needed(self, tokens: int) -> int:
         """Pages that so many tokens take."""
         return -(-tokens // self.size)

@@ -8,7 +8,7 @@ shared once will be shared again. Latents are shared by page and cost nothing to
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +96,11 @@ class PrefixCache:
                 self._free_rows.append(prefix.row)
                 return True
         return False
+
+    def reclaimable(self, keep: Prefix | None = None) -> int:
+        """Pages that would be free if all prefixes but one were dropped."""
+        held = Counter(page for p in self._saved.values() if p is not keep for page in p.pages)
+        return sum(self._pool.holders(page) == count for page, count in held.items())
 
     def clear(self) -> None:
         """Drops all prefixes, as after a change of weights."""

@@ -26,7 +26,8 @@ class SamplingParams:
         min_p: only tokens with at least this share of the likeliest one's probability, in [0, 1).
         repetition_penalty: divides positive and multiplies negative logits of tokens that the
             prompt or the answer holds already; 1: none.
-        stop: texts that end the answer and are not part of it.
+        stop: texts that end the answer and are not part of it. Special tokens have no text: name
+            them in `stop_token_ids`.
         stop_token_ids: tokens that end the answer, besides the tokenizer's end of document; they
             are in its `tokens`, and not in its text.
         ignore_eos: go on after the end of a document.
@@ -61,10 +62,14 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
             (
                 "repetition_penalty",
-                0 < self.repetition_penalty < math.inf,
-                "a finite number above 0 (1: none)",
+                0.01 <= self.repetition_penalty <= 100,
+                "in 0.01..100 (1: none)",
             ),
-            ("stop", all(self.stop), "made of texts that are not empty"),
+            (
+                "stop",
+                not isinstance(self.stop, str) and all(self.stop),
+                "a tuple of texts that are not empty",
+            ),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "in 0..2^63-1, or None"),
         ]
         for name in ("logprobs", "prompt_logprobs"):

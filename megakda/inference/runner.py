@@ -32,13 +32,14 @@ class ModelRunner:
         self.chunk, self.page_size = chunk, page_size
         self.device = torch.device(torch.cuda.current_device())
         self.caches: dict[int, LayerCache] = {}
-        for layer in chunk.decoder.layers:
-            mixer = layer.self_attention
-            if isinstance(mixer, KimiDeltaAttention):
-                self.caches[layer.layer_number] = mixer.make_cache(rows)
-            else:
-                assert isinstance(mixer, MultiLatentAttention)
-                self.caches[layer.layer_number] = mixer.make_cache(pages, page_size)
+        with torch.inference_mode(False):  # what is made in it cannot be written outside of it
+            for layer in chunk.decoder.layers:
+                mixer = layer.self_attention
+                if isinstance(mixer, KimiDeltaAttention):
+                    self.caches[layer.layer_number] = mixer.make_cache(rows)
+                else:
+                    assert isinstance(mixer, MultiLatentAttention)
+                    self.caches[layer.layer_number] = mixer.make_cache(pages, page_size)
 
     @torch.no_grad()
     def forward(

@@ -56,7 +56,9 @@ def _draw(
         return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(1)
 
     # fp64, so that a rounding difference between batches moves no boundary by much.
-    scaled = logits.double() / column([row.temperature for row in params])
+    # The likeliest token at 0, so that no temperature is too small.
+    shifted = logits.double() - logits.amax(-1, keepdim=True)
+    scaled = shifted / column([row.temperature for row in params])
     values, order = scaled.sort(dim=-1, descending=True, stable=True)
     places = torch.arange(values.shape[1], device=values.device)
     # The likeliest token always stays. Each filter sees what those before it have left.

@@ -23,12 +23,15 @@ class TextStream:
     Args:
         tokenizer: its `decode` is all that is used.
         stop: texts that end the answer. What could become one is held back until it cannot.
+        context: the tokens before the first, which say whether it begins with a blank.
     """
 
-    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = (), context: Sequence[int] = ()):
         self._decode, self._stop = tokenizer.decode, tuple(stop)
-        self._ids: list[int] = []  # of the last text shown, and those that wait
-        self._shown = 0  # how many of them are shown
+        if tokenizer.decode(list(context)).endswith(REPLACEMENT):
+            context = ()  # the prompt ends within a character
+        self._ids = list(context)  # of the last text shown, and those that wait
+        self._shown = len(self._ids)  # how many of them are shown
         self._held = ""  # decoded, perhaps the beginning of a stop text
         self.stopped = False
 

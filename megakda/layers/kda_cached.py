@@ -96,7 +96,7 @@ def _decode(
             weights.norm,
             cache.state,
             eps=weights.eps,
-            activation=weights.activation or "sigmoid",
+            activation=weights.activation,  # type: ignore[arg-type]  # there is a gate
             state_indices=rows,
             **gates,
         )

@@ -10,44 +10,65 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megakda.layers.kda import KimiDeltaAttention
-from megakda.layers.linear import join_weights, lean
+from megakda.layers.linear import join_weights
 
 
 def make_lean(chunk: torch.nn.Module) -> None:
-    """Prepares a chunk in eval mode that will never be trained; in place."""
-    for module in chunk.modules():
+    """Prepares a chunk in eval mode for generation alone; in place.
+
+    Its weights may change in place afterwards. Not for a chunk that is being trained.
+    """
+    assert not chunk.training
+    for module in list(chunk.modules()):
         if isinstance(module, KimiDeltaAttention):
             join_weights(module.joint_projections)
-        elif isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            if module.tp_group.size() == 1:
-                lean(module)
         elif isinstance(module, MoELayer):
             experts = module.experts
             if experts.ep_group.size() == experts.tp_group.size() == module.tp_group.size() == 1:
-                _lean_experts(module)
+                module.__class__ = LeanMoELayer
+        elif isinstance(module, ColumnParallelLinear) and module.tp_group.size() == 1:
+            module.__class__ = LeanColumnLinear
+        elif isinstance(module, RowParallelLinear) and module.tp_group.size() == 1:
+            module.__class__ = LeanRowLinear
 
 
-def _lean_experts(layer: MoELayer) -> None:
+class LeanColumnLinear(ColumnParallelLinear):
+    """A bias-free linear that is whole on this rank."""
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        return F.linear(x, self.weight), None
+
+
+class LeanRowLinear(RowParallelLinear):
+    """A bias-free linear that is whole on this rank."""
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        return F.linear(x, self.weight), None
+
+
+class LeanMoELayer(MoELayer):
     """All experts are here, so that tokens are sorted by expert and need not travel."""
 
-    def forward(hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         """[s, b, h] -> ([s, b, h], no bias)."""
         tokens = hidden.flatten(0, 1)
-        weights, chosen = layer.router.choose(layer.router.gating(tokens).sigmoid())
+        weights, chosen = self.router.choose(self.router.gating(tokens).sigmoid())
         count, top_k = chosen.shape
-        order = chosen.flatten().argsort(stable=True)
-        per_expert = chosen.flatten().bincount(minlength=layer.num_local_experts)
+        flat = chosen.flatten()
+        order = flat.argsort(stable=True)
+        # Not bincount, which waits for a GPU.
+        per_expert = flat.new_zeros(self.num_local_experts)
+        per_expert.scatter_add_(0, flat, torch.ones_like(flat))
         sorted_weights = weights.float().flatten()[order]
-        out, _ = layer.experts(tokens[order // top_k], per_expert, sorted_weights)
+        out, _ = self.experts(tokens[order // top_k], per_expert, sorted_weights)
         restored = torch.empty_like(out)
         restored[order] = out
         mixed = restored.view(count, top_k, -1).sum(1).view(hidden.shape)
-        if layer.use_shared_expert:
-            mixed = mixed + layer.shared_experts(hidden)
+        if self.use_shared_expert:
+            mixed = mixed + self.shared_experts(hidden)
         return mixed, None
-
-    layer.forward = forward

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,8 +104,8 @@ def project_together(
     """
     first = linears[0]
     sizes = [linear.output_size_per_partition for linear in linears]
-    weight = getattr(first, "joint_weight", None)
-    if weight is not None and not torch.is_grad_enabled() and first.tp_group.size() == 1:
+    weight = None if torch.is_grad_enabled() else _joint_weight(linears)
+    if weight is not None and first.tp_group.size() == 1:
         return F.linear(x, weight).split(sizes, dim=-1)
     joint = linear_with_grad_accumulation_and_async_allreduce(
         x,
@@ -124,7 +123,8 @@ def join_weights(linears: Sequence[ColumnParallelLinear]) -> None:
     """Lays the weights of `project_together` side by side in memory, so that it need not copy them.
 
     For generation, where a step reads every weight once: the parameters become views of one tensor,
-    with the same values. Not for training: the optimizer's buffers hold the parameters there.
+    with the same values. Values may change in place; a parameter that is given another tensor
+    (`.data =`, `.to`, a data-parallel wrapper) leaves the joint one, and is copied again.
     """
     joint = torch.cat([linear.weight.data for linear in linears])
     sizes = [len(linear.weight) for linear in linears]
@@ -133,17 +133,17 @@ def join_weights(linears: Sequence[ColumnParallelLinear]) -> None:
     linears[0].joint_weight = joint
 
 
-def lean(linear: ColumnParallelLinear | RowParallelLinear) -> None:
-    """Gives a linear that is whole on this rank a forward pass without anything of parallelism.
-
-    For generation: what megatron-core does around a small matrix product takes longer than it.
-    """
-    assert linear.tp_group.size() == 1 and not linear.training
-
-    def forward(x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-        return F.linear(x, linear.weight), None
-
-    linear.forward = forward
+def _joint_weight(linears: Sequence[ColumnParallelLinear]) -> torch.Tensor | None:
+    """The tensor that `join_weights` has made, if all weights still lie in it."""
+    joint = getattr(linears[0], "joint_weight", None)
+    if joint is None:
+        return None
+    place = joint.data_ptr()
+    for linear in linears:
+        if linear.weight.data_ptr() != place:
+            return None
+        place += linear.weight.nbytes
+    return joint
 
 
 def ready_weight(module: torch.nn.Module) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -53,13 +55,17 @@ def distance(model, answer) -> float:
         worst = max(worst, abs(float(row[x.token]) - x.logprob))
         for token, logprob in x.top:
             worst = max(worst, abs(float(row[token]) - logprob))
-        assert x.rank == int((row > row[x.token] + CLOSE).sum()) + 1 or x.rank > 1
+        # Tokens that are as likely, but for rounding, may stand on either side.
+        first = int((row > x.logprob + CLOSE).sum()) + 1
+        last = int((row > x.logprob - CLOSE).sum())
+        assert first <= x.rank <= max(first, last)
     return worst
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_log_probabilities_are_those_of_training(variant):
-    """Ragged prompts, more of them than slots, chunked prefill, shared beginnings, every mixer."""
+    """Every mixer: ragged prompts, more of them than slots, in chunks, with shared beginnings; one
+    answer of 512 tokens while the others come and go."""
     shared = random_prompts([50])[0]
     prompts = random_prompts([1, 2, 16, 45, 80], seed=1)
     prompts += [shared + prompt[:20] for prompt in prompts]
@@ -67,15 +73,16 @@ def test_log_probabilities_are_those_of_training(variant):
     params = [
         replace(
             FREE,
-            max_tokens=15 + n,
+            max_tokens=15 + n if n else 512,
             temperature=0.9 * (n % 2),
             seed=n,
-            logprobs=3,
+            logprobs=3 if n else 20,
             prompt_logprobs=2 if n % 3 == 0 else None,
         )
         for n in range(len(prompts))
     ]
-    with random_model(VARIANTS[variant]) as model:
+    # Logits of up to about 5; at twice as much, rounding alone comes near to the tolerance.
+    with random_model(VARIANTS[variant], std=0.05) as model:
         engine = Engine(model, SETTINGS)
         answers = engine.generate(prompts, params)
         assert max(distance(model, answer) for answer in answers) < CLOSE
@@ -86,11 +93,91 @@ def test_log_probabilities_are_those_of_training(variant):
         assert (stats.free_sequences, stats.cache_tokens_used, stats.running) == (3, 0, 0)
 
 
-def test_512_tokens_one_by_one(model):
-    (prompt,) = random_prompts([9])
-    answer = Engine(model, SETTINGS).generate([prompt], replace(FREE, max_tokens=512))[0]
-    assert len(answer.tokens) == 512
-    assert distance(model, answer) < CLOSE
+@pytest.mark.parametrize("variant", ["kda", "gdn", "groups", "query-latent"])
+def test_a_lean_model_computes_what_training_does(variant):
+    """The same weights with and without what `make_lean` changes, in one truth of training's."""
+    prompts = random_prompts([1, 40, 70])
+    with random_model(VARIANTS[variant], std=0.05) as model:
+        answers = Engine(model, SETTINGS).generate(prompts, replace(FREE, prompt_logprobs=1))
+    with random_model(VARIANTS[variant], std=0.05, lean=False) as model:
+        assert type(model.chunk.output_layer).__name__ == "ColumnParallelLinear"
+        assert max(distance(model, answer) for answer in answers) < CLOSE
+
+
+def test_weights_of_a_lean_model_may_change():
+    """In place the joint weight sees it; a parameter with another tensor is not overlooked."""
+    (prompt,) = random_prompts([20])
+    with random_model() as model:
+        engine = Engine(model, SETTINGS)
+        mixer = model.chunk.decoder.layers[0].self_attention
+        for change in ("in place", "another tensor"):
+            for linear in mixer.joint_projections:
+                if change == "in place":
+                    linear.weight.data.mul_(0.7)
+                else:
+                    linear.weight.data = linear.weight.data * 0.7
+            engine.clear_prefixes()
+            answer = engine.generate([prompt], FREE)[0]
+            with torch.enable_grad():  # takes the parameters themselves
+                ids = torch.tensor([answer.prompt + answer.tokens])
+                logits = model.chunk(ids, torch.arange(ids.shape[1])[None], None)[0]
+            truth = logits.detach().log_softmax(-1)[len(prompt) - 1 :]
+            for row, x in zip(truth, answer.logprobs, strict=False):
+                assert abs(float(row[x.token]) - x.logprob) < CLOSE, change
+
+
+def test_a_model_is_freed_with_its_last_reference():
+    """Without waiting for the garbage collector: the next one may need the memory."""
+    with random_model() as model:
+        Engine(model, SETTINGS).generate([[1, 2, 3]], FREE)
+        weight = weakref.ref(model.chunk.decoder.layers[1].self_attention.q_proj.weight)
+        gc.collect()
+        gc.disable()
+        try:
+            del model
+        finally:
+            gc.enable()
+    assert weight() is None
+
+
+def test_an_interrupted_step_leaves_nothing_behind(model):
+    """Its states may be a token ahead of what is known: the requests end, and others are right."""
+    prompts = random_prompts([50, 60])
+    greedy = replace(FREE, temperature=0.0)
+    engine = Engine(model, SETTINGS)
+    expected = engine.generate(prompts, greedy)
+    engine.clear_prefixes()
+    choose, calls = engine._chooser.choose, []
+
+    def interrupted(*arguments):
+        calls.append(choose(*arguments))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    engine._chooser.choose = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts, greedy)
+    assert not engine.busy and engine.stats().free_sequences == 3
+    again = engine.generate(prompts, greedy)
+    assert [x.tokens for x in again] == [x.tokens for x in expected]
+    assert max(distance(model, answer) for answer in again) < CLOSE
+
+
+def test_ids_that_the_tokenizer_does_not_know(model):
+    """The model has 320, the byte tokenizer 257: a prompt may hold the others, no answer does."""
+    params = replace(FREE, repetition_penalty=1.5, temperature=1.0, seed=1, max_tokens=50)
+    answer = Engine(model, SETTINGS).generate([[1, 300, 319]], params)[0]
+    assert len(answer.tokens) == 50 and max(answer.tokens) < 257
+
+
+def test_a_failure_of_the_choice_ends_the_requests_and_not_the_engine(model, monkeypatch):
+    engine = Engine(model, SETTINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr("megakda.inference.choosing.choose_tokens", lambda *_: 1 / 0)
+        with pytest.raises(MegakdaError, match="choosing tokens failed: ZeroDivisionError"):
+            engine.generate([[1, 2]], FREE)
+    assert len(engine.generate([[1, 2]], FREE)[0].tokens) == FREE.max_tokens
 
 
 def test_a_request_repeats_whatever_else_is_in_the_batch(model):
@@ -152,6 +239,22 @@ def test_room_for_the_longest_answer_is_kept(model):
     assert ended == set(numbers) and most == 1  # of 64 tokens each, two would not fit
 
 
+def test_prefixes_stay_where_dropping_them_would_not_help(model):
+    """A request that has to wait for a running one takes nothing from the saved prefixes."""
+    engine = Engine(model, replace(SETTINGS, cache_tokens=192, max_context=160))
+    engine.generate(random_prompts([20, 22]), replace(FREE, max_tokens=2))
+    saved = engine.stats().prefixes
+    engine.submit(random_prompts([60], seed=3)[0], replace(FREE, max_tokens=60))
+    engine.step()
+    engine.submit(random_prompts([70], seed=4)[0], replace(FREE, max_tokens=60))
+    engine.step()
+    assert saved == 2 and engine.stats().prefixes >= saved
+    assert (engine.stats().running, engine.stats().waiting) == (1, 1)
+    while engine.busy:
+        engine.step()
+    assert engine.stats().free_sequences == 3
+
+
 def test_stop_texts_tokens_and_document_ends(model):
     (prompt,) = random_prompts([10])
     engine = Engine(model, SETTINGS)
@@ -186,9 +289,12 @@ def test_streaming_gives_the_same_text_and_can_be_left(model):
 
     stream = engine.stream(prompt, params)
     next(stream)
+    with pytest.raises(ConfigError, match="busy with other requests"):
+        engine.generate([prompt], params)  # it would take the stream's updates
+    with pytest.raises(ConfigError, match="busy with other requests"):
+        next(engine.stream(prompt, params))
     stream.close()
-    assert [u.finish_reason for u in engine.step()] == ["cancelled"]
-    assert engine.stats().free_sequences == 3
+    assert not engine.busy and engine.stats().free_sequences == 3
 
 
 def test_scores(model):
@@ -259,6 +365,7 @@ BAD = {
     "min_p": ([1], {"min_p": 1.0}, "min_p=1.0"),
     "penalty": ([1], {"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
     "stop": ([1], {"stop": ("",)}, "stop"),
+    "stop_text": ([1], {"stop": "ab"}, "stop='ab' must be a tuple"),
     "seed": ([1], {"seed": -1}, "seed=-1"),
     "logprobs": ([1], {"logprobs": 21}, "logprobs=21"),
     "max_tokens": ([1], {"max_tokens": -1}, "max_tokens=-1"),

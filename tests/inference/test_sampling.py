@@ -89,6 +89,13 @@ def test_the_ends_of_the_unit_interval(uniform):
     assert choose_tokens(logits, [params], [uniform], [None], VOCABULARY)[0] in (7, 8)
 
 
+def test_the_smallest_temperature_is_greedy():
+    logits = logits_of(3)
+    params = [SamplingParams(temperature=t) for t in (1e-308, 1e-30, 1e-6)]
+    found = choose_tokens(logits, params, [0.3, 0.6, 0.99], [None] * 3, VOCABULARY)
+    assert found == logits.argmax(-1).tolist()
+
+
 def test_padding_of_the_vocabulary_is_never_chosen():
     logits = logits_of(3)
     logits[:, 40:] += 100

@@ -53,3 +53,17 @@ def test_broken_bytes_do_not_wait_for_ever(broken):
     found = parts([*broken, ord("z")])
     assert "".join(found).endswith("z") and "\ufffd" in "".join(found)
     assert "".join(found[:12])  # after a few tokens they count as broken
+
+
+class Words:
+    """Joins words by blanks, as tokenizers of the SentencePiece kind do: none before the first."""
+
+    def decode(self, ids):
+        return " ".join("word" if i else "\ufffd" for i in ids)
+
+
+def test_the_blank_between_prompt_and_answer():
+    stream = TextStream(Words(), context=[1, 1])
+    assert stream.push(1) + stream.push(1) + stream.finish() == " word word"
+    assert TextStream(Words()).push(1) == "word"
+    assert TextStream(Words(), context=[1, 0]).push(1) == "word"  # ends within a character
