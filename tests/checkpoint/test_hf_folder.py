@@ -63,24 +63,31 @@ def test_the_documented_table_is_up_to_date():
     )
 
 
-@pytest.mark.parametrize("positions", ["hybrid", "rotary"])
-def test_the_documented_shapes_are_those_of_the_blocks(positions):
-    rotary = ["model.pattern=0:1", "model.mla.rope=true"]
-    model = compose([*TINY, *(rotary if positions == "rotary" else [])]).model
+DOCUMENTED = {
+    "hybrid": ([], "direct"),
+    "rotary": (["model.pattern=0:1", "model.mla.rope=true"], "direct"),
+    "latent queries": (["model.mla.q_lora_rank=24"], "latent"),
+}
+
+
+@pytest.mark.parametrize("variant", DOCUMENTED)
+def test_the_documented_shapes_are_those_of_the_blocks(variant):
+    overrides, query = DOCUMENTED[variant]
+    model = compose([*TINY, *overrides]).model
     sizes, seen = hf_map._sizes(model), set()
     for tensor in hf_map.tensors(model):
         at = "" if "layers" not in tensor.name else f"decoder.layers.{tensor.name.split('.')[2]}."
-        kind = "mla" if positions == "rotary" or ".3." in at else "kda"
+        mixer = {"mla", query} if variant == "rotary" or ".3." in at else {"kda"}
+        others = {"kda", "mla", "direct", "latent"} - mixer
         (row,) = (
-            row
-            for row in hf_map.TABLE
-            if at + row.ours == tensor.name and row.part not in ({"kda", "mla"} - {kind})
+            row for row in hf_map.TABLE if at + row.ours == tensor.name and row.part not in others
         )
         seen.add(row)
         expected = hf_map._shape(row.published or row.shape, sizes)
         assert {block.shape for block in tensor.blocks} == {expected}, tensor.name
         assert sum(math.prod(b.size) for b in tensor.blocks) == math.prod(tensor.shape)
-    assert positions == "rotary" or len(seen) == len(hf_map.TABLE)
+    known = {row for row in hf_map.TABLE if row.part not in {"direct", "latent"} - {query}}
+    assert seen == known or variant == "rotary"
 
 
 def test_rotated_rows_are_pairs_there_and_halves_here():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
 from tests import jobs as training
 from tests.evaluation import jobs
 
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 MODEL = ("model.vocab_size=264", "train.steps=1", "train.save_every=1")
 
 
@@ -34,6 +36,7 @@ def task(tmp_path_factory):
             "cache_dir": str(folder / "cache"),
         },
         "test_split": "test",
+        "fewshot_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{q}}",
         "doc_to_choice": "c",
@@ -41,6 +44,7 @@ def task(tmp_path_factory):
         "metric_list": [{"metric": "acc"}],
     }
     (folder / "local.yaml").write_text(json.dumps(config))
+    (folder / "chat.jinja").write_text(CHAT)
     return folder / "local.yaml"
 
 
@@ -52,6 +56,8 @@ def commands(run, corpus, task, out, *layout):
         + ["--tasks", "needle_single_1,associative_recall", "--scoring", "loglikelihood"]
         + ["--out", str(out / "long"), *layout],
         ["lm-eval", str(run), "--tasks", str(task), "--max-length", "60", "--limit", "3"]
+        + ["--apply-chat-template", "--chat-template", str(task.with_name("chat.jinja"))]
+        + ["--system-instruction", "Be brief.", "--num-fewshot", "1", "--no-fewshot-as-multiturn"]
         + ["--out", str(out / "lm_eval.json"), *layout],
     ]
 
@@ -80,6 +86,12 @@ def test_files_and_output(alone, run):
     results = json.loads((out / "perplexity.json").read_text())
     assert results["model"] == str(run / "checkpoints" / "step_00000001")
     assert results["settings"]["overlap"] == 10 and results["tokenizer"]["spec"] == "byte"
+    results = json.loads((out / "lm_eval.json").read_text())
+    assert results["chat_template"] == CHAT and results["fewshot_as_multiturn"] is False
+    row = json.loads((out / "lm_eval.samples.jsonl").read_text().splitlines()[0])
+    assert re.fullmatch(
+        r"<system>Be brief\.<user>\d and (one|two)\s+0 and<assistant>", row["arguments"][0][0]
+    )
     found = numbers(out)
     assert len(found) == 1 + 2 * (2 + 1) + 3 * 2
     # A model of one step knows next to nothing.
@@ -95,10 +107,12 @@ def test_a_layout_gives_the_same_and_one_rank_writes(alone, run, corpus, task, t
     assert numbers(tmp_path) == pytest.approx(numbers(alone[0]), rel=1e-5)
 
 
-def test_errors_end_with_their_status(run, corpus, tmp_path, capsys):
+def test_errors_end_with_their_status(run, corpus, task, tmp_path, capsys):
     tool = jobs.tool()
     long = ["long-context", str(run), "--out", str(tmp_path / "out")]
     perplexity = ["perplexity", str(run), "--data", str(corpus)]
+    lm_eval = ["lm-eval", str(run), "--tasks", str(task)]
+    chat = [*lm_eval, "--apply-chat-template"]
     for command, status, message in (
         ([*long, "--lengths", "1k"], 2, "lengths='1k' must be numbers with commas"),
         ([*long, "--tasks", "needles"], 2, "tasks='needles' must be all or of"),
@@ -107,7 +121,11 @@ def test_errors_end_with_their_status(run, corpus, tmp_path, capsys):
         ([*perplexity, "--stride", "0"], 2, "overlap=2048 must be in 0..2047"),
         (["perplexity", str(run), "--data", str(tmp_path / "none")], 3, "none.idx"),
         (["perplexity", str(tmp_path), "--data", str(corpus)], 4, "not a complete checkpoint"),
-        (["lm-eval", str(run), "--tasks", "a.yaml", "--max-length", "0"], 2, "max-length=0"),
+        ([*lm_eval, "--max-length", "0"], 2, "max-length=0"),
+        ([*lm_eval, "--fewshot-as-multiturn"], 2, "give --apply-chat-template too"),
+        ([*lm_eval, "--chat-template", "a"], 2, "--chat-template a is for conversations: give"),
+        ([*chat, "--chat-template", "none.jinja"], 2, "--chat-template none.jinja cannot be read"),
+        (chat, 2, "step_00000001 has no chat template; leave the option out, or name a template"),
     ):
         assert tool.main(command) == status, command
         assert message in capsys.readouterr().err

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from megakda.checkpoint.hf_export import export_hf
+from megakda.checkpoint.hf_tokenizer import write_byte
 from megakda.data.tokenizer import load_tokenizer
 from megakda.errors import ConfigError, DataError
 from megakda.evaluation import harness
@@ -19,8 +21,17 @@ from tests.evaluation.stand_ins import Constant
 
 BYTE = load_tokenizer("byte")
 LENGTH = 64
-ROWS, CHOICES = 6, 3
-PUBLISHABLE = ("model.linear.head_dim_k=16", "model.linear.head_dim_v=16", "model.vocab_size=257")
+CHAT_LENGTH = 128  # some conversations are longer
+ROWS, CHOICES, CHATS = 6, 3, 2
+PUBLISHABLE = ("model.linear.head_dim_k=16", "model.linear.head_dim_v=16", "model.vocab_size=258")
+
+END, TURN = "<|endofdocument|>", "<|turn|>"
+CHAT = """
+{%- for m in messages -%}
+  <|turn|>{{ m.role }}: {{ m.content | trim }}{{ eos_token }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|turn|>assistant: {% endif -%}
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,26 +111,91 @@ def tasks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def both(run, tasks, tmp_path_factory):
-    """Results of all tasks through megakda on a run, and through transformers on its export."""
+def exported(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export_hf(run, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hflm(exported):
+    """lm_eval's own class for transformers, with a folder's tokenizer."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer, KimiLinearForCausalLM
 
-    folder = tmp_path_factory.mktemp("exported") / "model"
-    export_hf(run, folder)
-    theirs = HFLM(
-        pretrained=KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        max_length=LENGTH,
-        batch_size=32,
-        device="cpu",
-    )
+    model = KimiLinearForCausalLM.from_pretrained(exported, dtype=torch.float32)
+
+    def build(folder, length):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return HFLM(
+            pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=32, device="cpu"
+        )
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def both(run, exported, tasks, hflm):
+    """Results of all tasks through megakda on a run, and through transformers on its export."""
+    theirs = hflm(exported, LENGTH)
     ours = MegakdaLM(path=str(run), max_length=LENGTH, batch_size="3", device="cuda:0")
     try:
         return {
             name: harness.run_tasks(model, harness.find_tasks(tasks))
             for name, model in (("us", ours), ("hf", theirs))
         }
+    finally:
+        ours.close()
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tmp_path_factory):
+    """A tokenizer's folder: bytes, two special tokens and a chat template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_byte(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (end,) = tokenizer["added_tokens"]
+    tokenizer["added_tokens"].append({**end, "id": 257, "content": TURN})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["megakda_tokenizer"]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": CHAT}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(exported, chat_tokenizer, tasks, hflm, tmp_path_factory):
+    """Results of conversations through both, on the exported model with a chat template.
+
+    Of choices, with an example as messages of its own, and of continuations of what the assistant
+    has begun to say, with an example in the message of the question.
+    """
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(exported, folder)
+    shutil.copytree(chat_tokenizer, folder, dirs_exist_ok=True)
+    changes = {
+        "local_choice": {"description": f"Choose {TURN}."},
+        "local_write": {
+            "gen_prefix": "I say",
+            "generation_kwargs": {"until": ["\n", TURN], "max_gen_toks": 4, "do_sample": False},
+        },
+    }
+    files = {}
+    for path in map(Path, tasks):
+        task = json.loads(path.read_text())
+        if task["task"] in changes:
+            files[task["task"]] = str(folder / path.name)
+            task |= {"fewshot_split": "test", "num_fewshot": 1, **changes[task["task"]]}
+            Path(files[task["task"]]).write_text(json.dumps(task))
+    ours = MegakdaLM(path=str(folder), max_length=CHAT_LENGTH)
+    theirs = hflm(folder, CHAT_LENGTH)
+    try:
+        results = {}
+        for task, multiturn in (("local_choice", None), ("local_write", False)):
+            found = harness.find_tasks([files[task]], limit=CHATS)
+            prompting = harness.Prompting(True, "Be brief.", multiturn)
+            results[task] = [harness.run_tasks(m, found, prompting) for m in (ours, theirs)]
+        return results
     finally:
         ours.close()
 
@@ -150,6 +226,36 @@ def test_continuations_are_those_of_transformers(both):
     ours, theirs = (samples(both[name], "local_write") for name in ("us", "hf"))
     assert ours == theirs
     assert len({text for ((text,),) in ours}) > 3
+
+
+def test_chats_are_those_of_transformers(chats):
+    for task, results in chats.items():
+        ours, theirs = (found["samples"][task] for found in results)
+        assert len(ours) == len(theirs) == CHATS
+        assert [row["arguments"] for row in ours] == [row["arguments"] for row in theirs]
+    ours, theirs = (samples(found, "local_choice") for found in chats["local_choice"])
+    for a, b in zip(ours, theirs, strict=True):
+        for ((x, greedy_x),), ((y, greedy_y),) in zip(a, b, strict=True):
+            assert x == pytest.approx(y, abs=1e-4) and greedy_x == greedy_y
+    assert len({x for row in ours for ((x, _),) in row}) == CHATS * CHOICES
+    ours, theirs = (samples(found, "local_write") for found in chats["local_write"])
+    assert ours == theirs and all(text for ((text,),) in ours)
+
+
+def test_how_conversations_look(chats):
+    (choice, _), (write, _) = chats["local_choice"], chats["local_write"]
+    prompts = [row["arguments"][0][0] for row in choice["samples"]["local_choice"]]
+    for prompt in prompts:
+        start = f"{TURN}system: Be brief.\n\nChoose {TURN}.{END}{TURN}user: "
+        assert prompt.startswith(start) and prompt.endswith(f"{END}{TURN}assistant: ")
+        assert prompt.count(f"{TURN}user: ") == 2
+    lengths = [len(prompt.replace(TURN, "t").replace(END, "e")) for prompt in prompts]
+    assert min(lengths) < CHAT_LENGTH < max(lengths)
+    (prompt, _), *_ = write["samples"]["local_write"][0]["arguments"]
+    assert prompt.count(f"{TURN}user: ") == 1
+    assert prompt.endswith(f"{END}{TURN}assistant: I say")
+    assert choice["fewshot_as_multiturn"] is True and write["fewshot_as_multiturn"] is False
+    assert write["chat_template"] == CHAT and write["system_instruction"] == "Be brief."
 
 
 def test_scores_are_those_of_transformers(both):
@@ -248,9 +354,10 @@ def test_arguments_that_cannot_work(tasks):
         MegakdaLM(path="x", max_batch_size=8)
     with pytest.raises(ConfigError, match="batch_size='some' must be a whole number"):
         MegakdaLM(path="x", batch_size="some")
-    model = on(Constant(), max_length=400)
-    with pytest.raises(ConfigError, match="read special tokens as plain text"):
-        model.apply_chat_template([{"role": "user", "content": "a"}])
+    with pytest.raises(ConfigError, match=r"none\.jinja cannot be read"):
+        MegakdaLM(path="x", chat_template="none.jinja")
+    with pytest.raises(ConfigError, match="give --apply-chat-template too"):
+        harness.run_tasks(on(Constant()), None, harness.Prompting(fewshot_as_multiturn=True))
     for arguments, message in (
         ({"tasks": ["none.yaml"]}, "there is no such file"),
         ({"tasks": []}, "name at least one task"),
@@ -261,6 +368,60 @@ def test_arguments_that_cannot_work(tasks):
     ):
         with pytest.raises(ConfigError, match=message):
             harness.find_tasks(**arguments)
+
+
+def ask(role, content=""):
+    return {"role": role, "content": content}
+
+
+def test_special_tokens_are_read_in_chats_alone(chat_tokenizer):
+    tokenizer = load_tokenizer(f"hf:{chat_tokenizer}")
+    engine = Recording("text")
+
+    def prompt_of(model, until=()):
+        asked = requests("generate_until", (f"{TURN}a", {"until": list(until), "max_gen_toks": 2}))
+        model.generate_until(asked, disable_tqdm=True)
+        return tokenizer.decode(engine.prompts[0]), engine.params[0].stop_token_ids
+
+    names = set()
+    for template in (None, CHAT, "{{ messages }}"):
+        model = MegakdaLM.on(engine, tokenizer, "here", 20, chat_template=template)
+        # What ends an answer never shows in its text, whatever the prompt is.
+        assert prompt_of(model, [END, "x", "<|none|>"]) == (f"{TURN}a", (256,))
+        assert model.chat_template(False) is None and prompt_of(model) == (f"{TURN}a", ())
+        names.add(model.tokenizer_name)  # all that lm_eval asks for where it has cached prompts
+        assert prompt_of(model) == ("a", ()) and engine.prompts[0][0] == 257
+        assert model.chat_template(True) == model.chat_template("default") == (template or CHAT)
+        model.loglikelihood(requests("loglikelihood", (f"{TURN}a", END)), disable_tqdm=True)
+        assert engine.scored == [[257, ord("a"), 256]]
+    assert len(names) == 2
+    with pytest.raises(ConfigError, match="apply_chat_template='tools': .* the one named default"):
+        model.chat_template("tools")
+
+
+def test_templates_that_refuse(caplog):
+    model = on(Constant())
+    for asks in (
+        lambda: model.apply_chat_template([ask("user", "a")]),
+        lambda: model.chat_template(True),
+        lambda: model.tokenizer_name,
+    ):
+        with pytest.raises(ConfigError, match="nowhere has no chat template; .*--chat-template FI"):
+            asks()
+    template = """
+{%- if messages[0].role != 'user' %}{{ raise_exception('a user begins') }}{% endif -%}
+{%- for m in messages %}<{{ m.content }}>{% endfor %}{{ '!' if add_generation_prompt }}"""
+    model = on(Constant(), chat_template=template)
+    for _ in range(2):
+        assert model.apply_chat_template([ask("system", "s"), ask("user", "u")]) == "<u>!"
+    assert [record.getMessage() for record in caplog.records] == [
+        "system messages are left out: the chat template says: a user begins"
+    ]
+    assert model.apply_chat_template([ask("user", "u"), ask("assistant", "a ")], False) == "<u><a "
+    with pytest.raises(ConfigError, match="roles .'assistant'.: a user begins; name a template"):
+        model.apply_chat_template([ask("assistant", "a")])
+    with pytest.raises(ConfigError, match="leaves out the last message"):
+        on(Constant(), chat_template="a").apply_chat_template([ask("user", "u")], False)
 
 
 def test_names(tasks):

@@ -397,9 +397,11 @@ def test_damaged_weights_are_noticed():
 
 
 def test_bf16_stays_close_to_the_full_forward():
-    """Not to rounding, but to what bf16 can tell."""
+    """Not to rounding, but to what bf16 can tell: three digits of logits of up to 5."""
     with random_model(["precision=bf16"], std=0.05) as model:
-        answer = Engine(model, SETTINGS).generate(random_prompts([30]), FREE)[0]
+        greedy = replace(FREE, temperature=0.0, max_tokens=40)
+        answer = Engine(model, SETTINGS).generate(random_prompts([30]), greedy)[0]
         truth = full_logprobs(model, answer.prompt + answer.tokens)[29:]
-        for row, x in zip(truth, answer.logprobs, strict=False):
-            assert abs(float(row[x.token]) - x.logprob) < 0.05
+    pairs = zip(truth, answer.logprobs, strict=False)
+    errors = [abs(float(row[x.token]) - x.logprob) for row, x in pairs]
+    assert sum(errors) / len(errors) < 0.03 and max(errors) < 0.15

@@ -14,9 +14,9 @@ import pytest
 
 from megakda.data.tokenizer import ByteTokenizer
 from megakda.errors import MegakdaError
+from megakda.inference.chat import load_template
 from megakda.inference.request import SamplingParams, Update
 from megakda.serving.answers import CompletionAnswer, Prompt, TokenTexts
-from megakda.serving.chat import load_template
 from megakda.serving.generation import GeneratedResponse
 from megakda.serving.loop import EngineLoop, ShuttingDown
 from megakda.serving.metrics import Metrics

@@ -11,7 +11,7 @@ import pytest
 
 from megakda.data.tokenizer import load_tokenizer
 from megakda.errors import ConfigError
-from megakda.serving.chat import load_template, read_template
+from megakda.inference.chat import load_template, read_template
 from tests.serving.standin import StandIn, serving
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
