@@ -76,6 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--prefix-token", type=int, help="id before texts without context (end of document)"
     )
+    command.add_argument(
+        "--apply-chat-template", action="store_true", help="ask in the model's chat template"
+    )
+    command.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="Jinja (default: the tokenizer's own)"
+    )
+    command.add_argument("--system-instruction", metavar="TEXT", help="before everything else")
+    command.add_argument(
+        "--fewshot-as-multiturn",
+        action=argparse.BooleanOptionalAction,
+        help="examples as messages of their own (default: with --apply-chat-template)",
+    )
     command.add_argument("--seed", type=int, default=0, help="of examples and draws (%(default)s)")
     command.add_argument(
         "--out", type=Path, help="JSON file to write; samples go to OUT.samples.jsonl beside it"
@@ -148,6 +160,7 @@ def _perplexity(args: argparse.Namespace) -> None:
 
 def _lm_eval(args: argparse.Namespace) -> None:
     from megakda.evaluation.command import lm_eval
+    from megakda.evaluation.harness import Prompting
 
     lm_eval(
         _judged(args),
@@ -158,6 +171,8 @@ def _lm_eval(args: argparse.Namespace) -> None:
         args.max_length,
         args.prefix_token,
         args.seed,
+        Prompting(args.apply_chat_template, args.system_instruction, args.fewshot_as_multiturn),
+        args.chat_template,
         args.out,
     )
 

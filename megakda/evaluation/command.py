@@ -27,10 +27,12 @@ from megakda.evaluation.sweep import (
     run_sweep,
     write_tables,
 )
+from megakda.inference.chat import read_template
 from megakda.inference.choice import ModelChoice
 from megakda.runtime.distributed import rank
 
 if TYPE_CHECKING:
+    from megakda.evaluation.harness import Prompting
     from megakda.inference.engine import Engine
     from megakda.inference.loading import LoadedModel
 
@@ -135,13 +137,24 @@ def lm_eval(
     max_length: int,
     prefix_token: int | None,
     seed: int,
+    prompting: Prompting,
+    chat_template: Path | None,
     out: Path | None,
 ) -> None:
-    """lm_eval's tasks: its table on stdout, its results in `out` and samples beside it."""
+    """lm_eval's tasks: its table on stdout, its results in `out` and samples beside it.
+
+    `chat_template` is a Jinja file, in the place of the model's own chat template.
+    """
     from megakda.evaluation import harness
 
     if max_length < 1:
         raise ConfigError(f"max-length={max_length} must be at least 1")
+    prompting.check()
+    if chat_template is not None and not prompting.apply_chat_template:
+        raise ConfigError(
+            f"--chat-template {chat_template} is for conversations: give --apply-chat-template too"
+        )
+    template = None if chat_template is None else read_template(chat_template)
     found = harness.find_tasks(tasks, include_path, limit, num_fewshot, seed)
     from megakda.evaluation.lm_eval_model import MegakdaLM
 
@@ -154,8 +167,9 @@ def lm_eval(
             max_length,
             prefix_token_id=prefix_token,
             seed=seed,
+            chat_template=template,
         )
-        results = harness.run_tasks(lm, found)
+        results = harness.run_tasks(lm, found, prompting)
         if rank() == 0:
             print(harness.table(results))
             if out is not None:

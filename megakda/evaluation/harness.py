@@ -16,6 +16,37 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Prompting:
+    """How questions are put to a model; the names are lm_eval's.
+
+    Attributes:
+        apply_chat_template: as conversations, written out by the model's chat template.
+        system_instruction: what stands before everything else.
+        fewshot_as_multiturn: examples are messages of their own, and not one with the question;
+            None for what lm_eval does, which is messages of their own in conversations.
+    """
+
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for options that do not go together."""
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ConfigError(
+                "--fewshot-as-multiturn makes messages of a conversation: give "
+                "--apply-chat-template too"
+            )
+
+    @property
+    def multiturn(self) -> bool:
+        """`fewshot_as_multiturn` with its default."""
+        if self.fewshot_as_multiturn is None:
+            return self.apply_chat_template
+        return self.fewshot_as_multiturn
+
+
+@dataclass(frozen=True)
 class Tasks:
     """Tasks that have been found, with their data read.
 
@@ -83,15 +114,22 @@ def find_tasks(
     return Tasks(chosen, manager, limit, num_fewshot, seed)
 
 
-def run_tasks(model: MegakdaLM, tasks: Tasks) -> dict[str, Any]:
+def run_tasks(model: MegakdaLM, tasks: Tasks, prompting: Prompting | None = None) -> dict[str, Any]:
     """Evaluates tasks. Collective where the model is.
 
     Returns:
-        lm_eval's results, with per-sample rows under "samples"; on ranks other than the first of a
-        machine {}.
+        lm_eval's results, with per-sample rows under "samples" and, as in the files of lm_eval's
+        own command line, the chat template and the other settings of `prompting`; on ranks other
+        than the first of a machine {}.
+
+    Raises:
+        ConfigError: options that do not go together, or a model without a chat template.
     """
     from lm_eval.evaluator import simple_evaluate
 
+    prompting = prompting or Prompting()
+    prompting.check()
+    template = model.chat_template(True) if prompting.apply_chat_template else None
     results = simple_evaluate(
         model,
         tasks=tasks.names,
@@ -102,8 +140,18 @@ def run_tasks(model: MegakdaLM, tasks: Tasks) -> dict[str, Any]:
         numpy_random_seed=tasks.seed,
         torch_random_seed=tasks.seed,
         fewshot_random_seed=tasks.seed,
+        apply_chat_template=prompting.apply_chat_template,
+        system_instruction=prompting.system_instruction,
+        fewshot_as_multiturn=prompting.multiturn,
     )
-    return results or {}
+    if not results:
+        return {}
+    return {
+        **results,
+        "chat_template": template,
+        "system_instruction": prompting.system_instruction,
+        "fewshot_as_multiturn": prompting.multiturn,
+    }
 
 
 def write_results(results: dict[str, Any], out: Path) -> None:

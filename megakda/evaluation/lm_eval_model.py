@@ -4,27 +4,32 @@ Importing this registers it as ``megakda``, and running it is lm_eval's own comm
 
     python -m megakda.evaluation.lm_eval_model run --model megakda --model_args path=RUN --tasks ...
 
-Encoding, truncation and rolling windows are those of lm_eval's own Hugging Face class, so that the
-same weights give the same scores through both.
+Encoding, truncation, rolling windows and chats are those of lm_eval's own Hugging Face class, so
+that the same weights give the same scores through both.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import megakda.runtime
 from megakda.config.schema import ParallelConfig, RuntimeConfig
 from megakda.data.tokenizer import Tokenizer
+from megakda.data.tokenizer_base import fingerprint_of
 from megakda.errors import ConfigError, DataError, RuntimeMismatch
 from megakda.evaluation.protocol import Generator
+from megakda.inference.chat import ChatTemplate, Messages, find_template, read_template
 from megakda.inference.request import SamplingParams
 from megakda.runtime.distributed import rank
 
 try:
+    from jinja2 import TemplateError
     from lm_eval import utils as lm_eval_utils
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
@@ -38,6 +43,11 @@ except ImportError as error:
 DEFAULT_MAX_LENGTH = 4096
 _TOGETHER = 256  # requests handed to the engine at once
 
+_OTHER_TEMPLATE = (
+    "name a template with --chat-template FILE (chat_template=FILE in lm_eval's --model_args)"
+)
+_log = logging.getLogger(__name__)
+
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
@@ -46,8 +56,13 @@ class MegakdaLM(TemplateLM):
     """A megakda model for lm_eval: log-likelihoods, rolling ones, and continuations.
 
     Under tensor and pipeline parallelism every rank evaluates the same requests; lm_eval sees one
-    process on each. Its chat templates are refused: megakda's tokenizers read the special tokens of
-    a template as plain text.
+    process on each.
+
+    Special tokens spelled out in a text are plain text, until lm_eval asks for chats
+    (`apply_chat_template`): from then on they are single tokens, in all texts, because a context
+    from lm_eval no longer shows what of it the template wrote. No other tokens are added: a
+    template that begins with bos_token has to write it. lm_eval's Hugging Face class reads special
+    tokens in all evaluations.
 
     Args:
         path: a run's folder, a checkpoint, or a Hugging Face folder.
@@ -61,6 +76,7 @@ class MegakdaLM(TemplateLM):
         prefix_token_id: what stands before a text without context; None for the token that ends
             documents. lm_eval's Hugging Face class takes the bos_token of tokenizers that have one.
         seed: of sampled continuations.
+        chat_template: a Jinja file, in the place of the tokenizer's own chat template.
         max_batch_size: accepted because lm_eval passes it; has to be None.
 
     Raises:
@@ -82,6 +98,7 @@ class MegakdaLM(TemplateLM):
         max_gen_toks: int = 256,
         prefix_token_id: int | None = None,
         seed: int = 0,
+        chat_template: str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
         sequences = 16 if batch_size == "auto" else _whole("batch_size", batch_size)
@@ -91,6 +108,7 @@ class MegakdaLM(TemplateLM):
                 f"max_batch_size={max_batch_size}: the engine fills its batches itself; use "
                 "batch_size, the number of sequences at the same time"
             )
+        template = None if chat_template is None else read_template(Path(chat_template))
         # "cuda:0" is what lm_eval's command line says where nobody has said anything.
         runtime = RuntimeConfig(device="auto" if device in (None, "cuda:0") else device)
         where = megakda.runtime.install(runtime.device)
@@ -107,8 +125,8 @@ class MegakdaLM(TemplateLM):
             )
         )
         engine = Engine(loaded, EngineSettings(max_sequences=sequences, max_context=length + 1))
-        self._start(engine, loaded.tokenizer, length, max_gen_toks, prefix_token_id, seed)
         self._source = str(loaded.source)
+        self._start(engine, loaded.tokenizer, length, max_gen_toks, prefix_token_id, seed, template)
 
     @classmethod
     def on(
@@ -120,12 +138,18 @@ class MegakdaLM(TemplateLM):
         max_gen_toks: int = 256,
         prefix_token_id: int | None = None,
         seed: int = 0,
+        chat_template: str | None = None,
     ) -> MegakdaLM:
-        """The same on an engine that is there already, for `max_length` + 1 tokens at least."""
+        """The same on an engine that is there already, for `max_length` + 1 tokens at least.
+
+        `chat_template` is the template here, as `megakda.inference.chat.read_template` returns it.
+        """
         model = cls.__new__(cls)
         model._open = contextlib.ExitStack()
-        model._start(engine, tokenizer, max_length, max_gen_toks, prefix_token_id, seed)
         model._source = source
+        model._start(
+            engine, tokenizer, max_length, max_gen_toks, prefix_token_id, seed, chat_template
+        )
         return model
 
     def _start(
@@ -136,9 +160,13 @@ class MegakdaLM(TemplateLM):
         max_gen_toks: int,
         prefix_token_id: int | None,
         seed: int,
+        template: str | None,
     ) -> None:
         super().__init__()
         self._engine, self._tokenizer = engine, tokenizer
+        self._given_template = template
+        self._chats: ChatTemplate | None = None  # set once lm_eval has asked for chats
+        self._system_left_out = False
         self.max_length, self.max_gen_toks, self._seed = max_length, max_gen_toks, seed
         self._prefix = tokenizer.eod if prefix_token_id is None else prefix_token_id
         if not 0 <= self._prefix < tokenizer.vocab_size:
@@ -162,7 +190,9 @@ class MegakdaLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self._tokenizer.fingerprint
+        """What lm_eval keeps prompts by that it has in its cache; it asks for chats alone."""
+        template = self._begin_chats().source
+        return fingerprint_of(self._tokenizer.fingerprint.encode(), template.encode())
 
     def get_model_info(self) -> dict[str, Any]:
         """Facts for lm_eval's results file."""
@@ -174,21 +204,76 @@ class MegakdaLM(TemplateLM):
         }
 
     def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        self, chat_history: Messages, add_generation_prompt: bool = True
     ) -> str:
-        raise ConfigError(
-            "apply_chat_template: megakda's tokenizers read special tokens as plain text, so a "
-            "chat template would not mean what it says; leave the option out"
-        )
+        """A conversation as text.
+
+        A template that refuses the conversation gets it without system messages, with a warning, as
+        in lm_eval's Hugging Face class: templates without a system role do this.
+
+        Args:
+            add_generation_prompt: up to where the assistant's next message begins; or else up to
+                the end of the last message, which is to be continued.
+
+        Raises:
+            ConfigError: the model has no template, or one that refuses this too.
+        """
+        template = self._begin_chats()
+        others = [message for message in chat_history if message["role"] != "system"]
+        try:
+            try:
+                return template.text(chat_history, not add_generation_prompt)
+            except TemplateError as error:
+                if len(others) == len(chat_history):
+                    raise
+                text = template.text(others, not add_generation_prompt)
+                if not self._system_left_out and rank() == 0:
+                    _log.warning("system messages are left out: the chat template says: %s", error)
+                self._system_left_out = True
+                return text
+        except Exception as error:  # templates raise what they like
+            raise ConfigError(
+                f"the chat template of {self._source} cannot render a conversation of roles "
+                f"{[message['role'] for message in chat_history]}: {error}; {_OTHER_TEMPLATE}"
+            ) from error
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self.apply_chat_template([]) if chat_template else None
+        """The source of the chat template; None where lm_eval is to apply none.
+
+        Raises:
+            ConfigError: the model has none, or not one of this name.
+        """
+        if not chat_template:
+            return None
+        if isinstance(chat_template, str) and chat_template != "default":
+            raise ConfigError(
+                f"apply_chat_template={chat_template!r}: of several templates megakda takes the "
+                f"one named default; leave the name out, or {_OTHER_TEMPLATE}"
+            )
+        return self._begin_chats().source
+
+    def _begin_chats(self) -> ChatTemplate:
+        """The chat template. From now on special tokens are read in texts.
+
+        All that lm_eval calls for chats comes here: with prompts from its cache it never has a
+        conversation rendered.
+        """
+        if self._chats is None:
+            self._chats = find_template(self._tokenizer, self._given_template)
+        if self._chats is None:
+            raise ConfigError(
+                f"apply_chat_template: the model {self._source} has no chat template; leave the "
+                f"option out, or {_OTHER_TEMPLATE}"
+            )
+        return self._chats
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         if add_special_tokens:
             raise ConfigError("add_special_tokens=True: megakda's tokenizers add none")
+        if self._chats is not None:
+            return self._tokenizer.encode_with_special(string)
         return self._tokenizer.encode(string)
 
     def loglikelihood(
@@ -300,11 +385,17 @@ class MegakdaLM(TemplateLM):
             max_tokens=room,
             temperature=float(1.0 if temperature is None else temperature) if do_sample else 0.0,
             stop=tuple(text for text in until if text),
+            stop_token_ids=self._special_tokens(until),
             seed=self._seed + number,
             **chosen,
         )
         prompt = self.tok_encode(context)[-(self.max_length - room) :]
         return prompt or [self.prefix_token_id], params
+
+    def _special_tokens(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Of the texts that end an answer, those that are tokens which its text never shows."""
+        ids = [self._tokenizer.encode_with_special(text) for text in texts]
+        return tuple(i[0] for i in ids if len(i) == 1 and not self._tokenizer.decode(i))
 
     def _bar(self, total: int, what: str, disable: bool) -> Any:
         return tqdm(total=total, desc=what, disable=disable or rank() != 0, leave=False)

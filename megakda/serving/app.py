@@ -18,10 +18,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megakda.data.tokenizer import Tokenizer
+from megakda.inference.chat import Template
 from megakda.inference.request import SamplingParams
 from megakda.serving import protocol
 from megakda.serving.answers import ChatAnswer, CompletionAnswer, Prompt, TokenTexts
-from megakda.serving.chat import Template
 from megakda.serving.generation import GeneratedResponse
 from megakda.serving.loop import EngineLoop
 from megakda.serving.metrics import Metrics

@@ -15,9 +15,9 @@ import uvicorn
 
 import megakda.runtime
 from megakda.errors import ConfigError
+from megakda.inference.chat import load_template, read_template
 from megakda.runtime.distributed import StopSignals, named_failures, rank
 from megakda.serving.app import Service, create_app
-from megakda.serving.chat import load_template, read_template
 from megakda.serving.loop import EngineLoop, ShuttingDown, follow
 from megakda.serving.options import Options
 from megakda.serving.protocol import Limits

@@ -15,12 +15,66 @@ Messages = list[dict[str, Any]]
 Template = Callable[[Messages], list[int]]
 """Tokens of a conversation, up to where the assistant's next message begins."""
 
+_MARK = "[[the message goes on here]] "
+"""Stands for what is to come of a message. Its last blank shows whether messages are trimmed."""
 
-def load_template(tokenizer: Tokenizer, source: str | None) -> Template | None:
+
+class ChatTemplate:
+    """A chat template with the tokenizer that it is for.
+
+    Special tokens in the text that it makes become single tokens, as it is usual: also those that a
+    message quotes.
+
+    Args:
+        source: Jinja, with `messages` and `add_generation_prompt`.
+        name: of the template, for messages.
+
+    Raises:
+        ConfigError: `source` is no template.
+        DataError: a special token that the tokenizer's files name is none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: str, name: str) -> None:
+        self.source, self._tokenizer = source, tokenizer
+        self._template = _compile(source, name)
+        self._names = tokenizer.special_names()
+        tokenizer.encode_with_special("")  # some tokenizers build something large the first time
+
+    def text(self, messages: Messages, unfinished: bool = False) -> str:
+        """A conversation up to where the assistant's next message begins.
+
+        Args:
+            unfinished: up to the end of what the last message has so far, to go on from there.
+
+        Raises:
+            ValueError: the template does not write the last message out.
+            Exception: whatever a template raises.
+        """
+        if not unfinished:
+            return self._render(messages, add_generation_prompt=True)
+        *before, last = messages
+        marked = {**last, "content": last["content"] + _MARK}
+        text = self._render([*before, marked], add_generation_prompt=False)
+        text, found, after = text.rpartition(_MARK.strip())
+        if not found:
+            raise ValueError("the template leaves out the last message, which is to be continued")
+        # A template that trims messages is to trim this one too, although it ends in the mark.
+        return text if after.startswith(" ") else text.rstrip()
+
+    def tokens(self, messages: Messages) -> list[int]:
+        """Tokens of `text`."""
+        return self._tokenizer.encode_with_special(self.text(messages))
+
+    def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
+        # Absent tools and documents are None, not undefined, for whoever asks `is not none`.
+        asked = {"messages": messages, "tools": None, "documents": None}
+        return self._template.render(
+            {**self._names, **asked, "add_generation_prompt": add_generation_prompt}
+        )
+
+
+def find_template(tokenizer: Tokenizer, source: str | None) -> ChatTemplate | None:
     """The chat template of a model.
-
-    Special tokens in the text that a template makes become single tokens, as it is usual: also
-    those that a message quotes.
 
     Args:
         source: from `read_template`, in the place of the tokenizer's own.
@@ -36,20 +90,13 @@ def load_template(tokenizer: Tokenizer, source: str | None) -> Template | None:
     name = "--chat-template"
     if source is None:
         name, source = f"the chat template of {tokenizer.spec}", tokenizer.chat_template()
-    if source is None:
-        return None
-    template = _compile(source, name)
-    names = tokenizer.special_names()
-    tokenizer.encode_with_special("")  # some tokenizers build something large the first time
+    return None if source is None else ChatTemplate(tokenizer, source, name)
 
-    def render(messages: Messages) -> list[int]:
-        # Absent tools and documents are None, not undefined, for whoever asks `is not none`.
-        asked = {"messages": messages, "tools": None, "documents": None}
-        return tokenizer.encode_with_special(
-            template.render({**names, **asked, "add_generation_prompt": True})
-        )
 
-    return render
+def load_template(tokenizer: Tokenizer, source: str | None) -> Template | None:
+    """`find_template` for those who want tokens alone."""
+    found = find_template(tokenizer, source)
+    return None if found is None else found.tokens
 
 
 def read_template(file: Path) -> str:
