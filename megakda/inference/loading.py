@@ -88,7 +88,9 @@ def open_model(
         raise ConfigError(f"{found} holds no tokenizer: name one with --tokenizer, as hf:DIR")
     loaded = hf_tokenizer.checked(spec, fingerprint, str(found))
     _check_tokenizer(loaded, model, found)
-    ends = frozenset({loaded.eod} | (hf_config.end_tokens(found) if is_hf else set()))
+    ends = frozenset(
+        {loaded.eod} | (hf_config.end_tokens(found) if is_hf else _imported_ends(found))
+    )
     with process_groups(parallel, runtime, device):
         (chunk,) = build_chunks(model, parallel, precision, context=1)
         if is_hf:
@@ -122,6 +124,16 @@ def _described_hf(folder: Path) -> _Description:
     """The same of a Hugging Face folder, which has no fingerprint."""
     spec = hf_tokenizer.find_spec(folder)
     return hf_config.read(folder), hf_config.precision(folder), spec, None
+
+
+def _imported_ends(checkpoint: Path) -> set[int]:
+    """End tokens that an imported checkpoint has from its Hugging Face folder."""
+    said = checkpoints.read_manifest(checkpoint).get("huggingface") or {}
+    found: set[int] = set()
+    for section, key in (("special_ids", "eos"), ("generation_config", "eos_token_id")):
+        ids = (said.get(section) or {}).get(key)
+        found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return found
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig, precision: str) -> None:

@@ -55,9 +55,9 @@ class SamplingParams:
     def check(self) -> None:
         """Raises ConfigError for a value that cannot work."""
         rules = [
-            ("max_tokens", self.max_tokens >= 0, "at least 0"),
+            ("max_tokens", 0 <= self.max_tokens < 2**31, "in 0..2^31-1"),
             ("temperature", 0 <= self.temperature < math.inf, "a finite number, at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0 (0: all tokens)"),
+            ("top_k", 0 <= self.top_k < 2**31, "in 0..2^31-1 (0: all tokens)"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
             (

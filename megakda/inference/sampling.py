@@ -62,7 +62,7 @@ def _draw(
     values, order = scaled.sort(dim=-1, descending=True, stable=True)
     places = torch.arange(values.shape[1], device=values.device)
     # The likeliest token always stays. Each filter sees what those before it have left.
-    k = column([row.top_k or values.shape[1] for row in params])
+    k = column([min(row.top_k or places.numel(), places.numel()) for row in params])
     probs = values.masked_fill(places >= k, -torch.inf).softmax(-1)
     before = probs.cumsum(-1) - probs
     probs = probs.masked_fill(before >= column([row.top_p for row in params]), 0.0)

@@ -113,7 +113,24 @@ def grouped_linear(
         if out.requires_grad:
             out.register_hook(torch.Tensor.contiguous)  # its backward takes no other layout
         return out
-    return _LoopedLinear.apply(x, weight, tokens_per_expert.tolist())
+    counts = tokens_per_expert.tolist()
+    if not torch.is_grad_enabled():
+        return _looped_linear(x, weight, counts)
+    return _LoopedLinear.apply(x, weight, counts)
+
+
+def _looped_linear(
+    x: torch.Tensor, weight: torch.Tensor, tokens_per_expert: list[int]
+) -> torch.Tensor:
+    """`grouped_linear` expert by expert."""
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    first = 0
+    for e, count in enumerate(tokens_per_expert):
+        if count:  # with one token to decode, most experts have none
+            rows = slice(first, first + count)
+            torch.mm(x[rows], weight[e].t(), out=out[rows])
+        first += count
+    return out
 
 
 class _LoopedLinear(torch.autograd.Function):
@@ -126,13 +143,7 @@ class _LoopedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, tokens_per_expert):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.tokens_per_expert = tokens_per_expert
-        out = x.new_empty(x.shape[0], weight.shape[1])
-        for rows, x_e, w_e in zip(
-            out.split(tokens_per_expert), x.split(tokens_per_expert), weight, strict=True
-        ):
-            if len(x_e):  # with one token to decode, most experts have none
-                torch.mm(x_e, w_e.t(), out=rows)
-        return out
+        return _looped_linear(x, weight, tokens_per_expert)
 
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]

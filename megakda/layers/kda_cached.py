@@ -98,6 +98,7 @@ def _decode(
             eps=weights.eps,
             activation=weights.activation,  # type: ignore[arg-type]  # there is a gate
             state_indices=rows,
+            unchecked=True,
             **gates,
         )
     if weights.convolutions:

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megakda.layers.kda import KimiDeltaAttention
 from megakda.layers.linear import join_weights
+from megakda.layers.norm import RMSNorm
 
 
 def make_lean(chunk: torch.nn.Module) -> None:
@@ -25,16 +28,55 @@ def make_lean(chunk: torch.nn.Module) -> None:
     """
     assert not chunk.training
     for module in list(chunk.modules()):
-        if isinstance(module, KimiDeltaAttention):
+        if isinstance(module, TransformerLayer):
+            module.__class__ = LeanLayer
+        elif isinstance(module, RMSNorm):
+            module.__class__ = LeanRMSNorm
+        elif type(module) is MLP:
+            module.__class__ = LeanMLP
+        elif isinstance(module, KimiDeltaAttention):
             join_weights(module.joint_projections)
         elif isinstance(module, MoELayer):
             experts = module.experts
             if experts.ep_group.size() == experts.tp_group.size() == module.tp_group.size() == 1:
                 module.__class__ = LeanMoELayer
+                if module.use_shared_expert:
+                    module.shared_experts.__class__ = LeanMLP
         elif isinstance(module, ColumnParallelLinear) and module.tp_group.size() == 1:
             module.__class__ = LeanColumnLinear
         elif isinstance(module, RowParallelLinear) and module.tp_group.size() == 1:
             module.__class__ = LeanRowLinear
+
+
+class LeanLayer(TransformerLayer):
+    """Pre-norm token mixer and feed-forward, nothing else."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, packed_seq_params: Any = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        """[s, b, h] -> ([s, b, h], no context)."""
+        mixed, _ = self.self_attention(
+            self.input_layernorm(hidden_states), packed_seq_params=packed_seq_params
+        )
+        hidden = hidden_states + mixed
+        out, _ = self.mlp(self.pre_mlp_layernorm(hidden))
+        return hidden + out, None
+
+
+class LeanRMSNorm(RMSNorm):
+    """torch's own: with autograd never on, it need not repeat its bits with it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
+        return y.to(x.dtype)
+
+
+class LeanMLP(MLP):
+    """SwiGLU of two linears, whatever share of them is here; also the shared experts'."""
+
+    def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        gate, up = self.linear_fc1(hidden)[0].chunk(2, dim=-1)
+        return self.linear_fc2(F.silu(gate) * up)[0], None
 
 
 class LeanColumnLinear(ColumnParallelLinear):
@@ -70,5 +112,5 @@ class LeanMoELayer(MoELayer):
         restored[order] = out
         mixed = restored.view(count, top_k, -1).sum(1).view(hidden.shape)
         if self.use_shared_expert:
-            mixed = mixed + self.shared_experts(hidden)
+            mixed = mixed + self.shared_experts(hidden)[0]
         return mixed, None

@@ -43,6 +43,7 @@ def kda_decode_fused(
     state_indices: torch.Tensor | None = None,
     state_v_first: bool = False,
     backend: str | None = None,
+    unchecked: bool = False,
 ) -> torch.Tensor:
     """One new token of each of N sequences; `state` and `conv_states` are updated in place.
 
@@ -75,6 +76,8 @@ def kda_decode_fused(
             `kda_decode_step`: no row twice, and a negative index is padding, with zero output.
         state_v_first: rows of the state are [HV, V, K].
         backend: "torch", "triton", "reference" (float64, slow); None chooses by device.
+        unchecked: for a caller that made every tensor itself and runs without autograd: at one
+            token, the checks take as long as the work.
 
     Returns:
         o [N, HV*V] in the dtype of v, ready for the output projection.
@@ -84,19 +87,21 @@ def kda_decode_fused(
             a gradient while gradients are on.
     """
     backend = choose_backend(backend, q.device)
-    key_dim, value_dim = _check_state_and_inputs(q, k, v, g, beta, gate, state, state_v_first)
+    if not unchecked:
+        _check(
+            (q, k, v, g, beta, gate),
+            conv_states,
+            conv_weights,
+            norm_weight,
+            state,
+            (A_log, dt_bias, lower_bound),
+            eps,
+            activation,
+            state_indices,
+            state_v_first,
+        )
+    key_dim, value_dim = state.shape[2:][::-1] if state_v_first else state.shape[2:]
     heads, value_heads = q.shape[1] // key_dim, state.shape[1]
-    if state_indices is None and len(state) != len(q):
-        raise ValueError(f"state: {len(state)} rows, must have {len(q)} without state_indices")
-    check_rows(state_indices, None, (len(q), 1), len(state), q.device)
-    _check_convolutions((q, k, v), conv_states, conv_weights, len(state))
-    if not eps >= 0:
-        raise ValueError(f"eps: {eps} must be at least 0")
-    _check_parameters(A_log, dt_bias, lower_bound, norm_weight, activation, g, beta, value_dim)
-    check_no_gradient(q=q, k=k, v=v, g=g, beta=beta, gate=gate, norm_weight=norm_weight)
-    check_no_gradient(A_log=A_log, dt_bias=dt_bias, state=state)
-    for x in (*conv_states, *conv_weights):
-        check_no_gradient(convolution=x)
     scale = key_dim**-0.5 if scale is None else scale
 
     if backend == "triton":
@@ -177,6 +182,35 @@ def _convolve(
 
 
 # ------------------------------------------------------------------ argument checks
+
+
+def _check(
+    inputs: tuple[torch.Tensor, ...],
+    conv_states: _Three,
+    conv_weights: _Three,
+    norm_weight: torch.Tensor,
+    state: torch.Tensor,
+    gates: tuple[torch.Tensor | None, torch.Tensor | None, float | None],
+    eps: float,
+    activation: str,
+    state_indices: torch.Tensor | None,
+    state_v_first: bool,
+) -> None:
+    """All that `kda_decode_fused` raises; inputs: q, k, v, g, beta, gate."""
+    q, k, v, g, beta, gate = inputs
+    A_log, dt_bias, lower_bound = gates
+    _, value_dim = _check_state_and_inputs(q, k, v, g, beta, gate, state, state_v_first)
+    if state_indices is None and len(state) != len(q):
+        raise ValueError(f"state: {len(state)} rows, must have {len(q)} without state_indices")
+    check_rows(state_indices, None, (len(q), 1), len(state), q.device)
+    _check_convolutions((q, k, v), conv_states, conv_weights, len(state))
+    if not eps >= 0:
+        raise ValueError(f"eps: {eps} must be at least 0")
+    _check_parameters(A_log, dt_bias, lower_bound, norm_weight, activation, g, beta, value_dim)
+    check_no_gradient(q=q, k=k, v=v, g=g, beta=beta, gate=gate, norm_weight=norm_weight)
+    check_no_gradient(A_log=A_log, dt_bias=dt_bias, state=state)
+    for x in (*conv_states, *conv_weights):
+        check_no_gradient(convolution=x)
 
 
 def _check_state_and_inputs(
