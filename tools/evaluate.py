@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -90,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=int, default=0, help="of examples and draws (%(default)s)")
     command.add_argument(
-        "--out", type=Path, help="JSON file to write; samples go to OUT.samples.jsonl beside it"
+        "--out",
+        type=Path,
+        help="JSON file to write; samples go to OUT.samples.jsonl beside it (OUT without .json)",
     )
 
     command = _command(
@@ -121,7 +127,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chains", type=int, help="of variable_tracking")
     command.add_argument("--hops", type=int, help="of variable_tracking")
     command.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
-    command.add_argument("--out", type=Path, required=True, help="folder to write to")
+    command.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder to write to; results of an earlier sweep in it, tables and pictures, are "
+        "removed once there are new ones",
+    )
     return parser
 
 

@@ -18,12 +18,15 @@ from tqdm import tqdm
 import megakda
 from megakda.data.indexed import read_index
 from megakda.errors import ConfigError
+from megakda.evaluation import output
 from megakda.evaluation.perplexity import PerplexitySettings, corpus_perplexity
 from megakda.evaluation.sweep import (
     Cell,
     Sweep,
+    clear_results,
     draw_heatmaps,
     markdown_table,
+    result_files,
     run_sweep,
     write_tables,
 )
@@ -98,6 +101,8 @@ def perplexity(
 ) -> None:
     """Perplexity on corpora: a line for each on stdout, and JSON in `out`."""
     settings.check()
+    if out is not None:
+        output.check_file(out)
     for prefix in data:
         read_index(prefix)  # a wrong name shows before a large model is loaded
     found: dict[str, Any] = {}
@@ -123,9 +128,8 @@ def perplexity(
                 )
         facts = judged.facts(model)
     if out is not None and rank() == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
         results = {**facts, "settings": asdict(settings), "results": found}
-        out.write_text(json.dumps(results, indent=2) + "\n")
+        output.write_text(out, json.dumps(results, indent=2) + "\n")
 
 
 def lm_eval(
@@ -155,6 +159,9 @@ def lm_eval(
             f"--chat-template {chat_template} is for conversations: give --apply-chat-template too"
         )
     template = None if chat_template is None else read_template(chat_template)
+    if out is not None:
+        output.check_file(out)
+        output.check_file(harness.samples_file(out))
     found = harness.find_tasks(tasks, include_path, limit, num_fewshot, seed)
     from megakda.evaluation.lm_eval_model import MegakdaLM
 
@@ -177,10 +184,14 @@ def lm_eval(
 
 
 def long_context(judged: Judged, sweep: Sweep, out: Path) -> None:
-    """Long-context tests: a table on stdout, and tables, samples and heat maps in `out`."""
+    """Long-context tests: a table on stdout, and tables, samples and heat maps in `out`.
+
+    Those of another sweep in `out` go when this one has something to write.
+    """
     sweep.check()
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={str(out)!r} is a file: name a folder")
+    output.check_folder(out)
+    for path in result_files(out):
+        output.check_file(path)
     total = len(list(sweep.cells()))
     found: list[Cell] = []
     with judged.open() as model, _bar(total, "cells", "long context") as bar:
@@ -189,6 +200,8 @@ def long_context(judged: Judged, sweep: Sweep, out: Path) -> None:
         def keep(cell: Cell) -> None:
             found.append(cell)
             if rank() == 0:  # after each, so that a long sweep may be stopped
+                if len(found) == 1:
+                    clear_results(out)
                 write_tables(out, sweep, found, facts)
             bar.set_postfix_str(f"{cell.task} {cell.length}: {cell.score:.0%}")
             bar.update()
@@ -198,8 +211,8 @@ def long_context(judged: Judged, sweep: Sweep, out: Path) -> None:
 
         run_sweep(sweep, model.tokenizer, engine_for, keep)
     if rank() == 0:
-        paths = write_tables(out, sweep, found, facts) + draw_heatmaps(out, sweep, found)
         print(markdown_table(found), end="")
+        paths = write_tables(out, sweep, found, facts) + draw_heatmaps(out, sweep, found)
         print("\n".join(map(str, paths)))
 
 

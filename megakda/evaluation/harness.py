@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakda.errors import ConfigError, DataError, RuntimeMismatch
+from megakda.evaluation import output
 
 if TYPE_CHECKING:
     from megakda.evaluation.lm_eval_model import MegakdaLM
@@ -155,18 +156,29 @@ def run_tasks(model: MegakdaLM, tasks: Tasks, prompting: Prompting | None = None
 
 
 def write_results(results: dict[str, Any], out: Path) -> None:
-    """Writes what `run_tasks` returned: `out` without samples, and OUT.samples.jsonl with them."""
+    """Writes what `run_tasks` returned: `out` without samples, and `samples_file(out)` with them.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
     from lm_eval.utils import handle_non_serializable
 
     samples = results.get("samples", {})
     rest = {name: value for name, value in results.items() if name != "samples"}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(rest, indent=2, default=handle_non_serializable) + "\n")
-    with out.with_suffix(".samples.jsonl").open("w") as stream:
-        for task, rows in samples.items():
-            for row in rows:
-                line = {"task": task, **row}
-                stream.write(json.dumps(line, default=handle_non_serializable) + "\n")
+    text = json.dumps(rest, indent=2, default=handle_non_serializable)
+    lines = [
+        json.dumps({"task": task, **row}, default=handle_non_serializable) + "\n"
+        for task, rows in samples.items()
+        for row in rows
+    ]
+    output.write_text(out, text + "\n")
+    output.write_text(samples_file(out), "".join(lines))
+
+
+def samples_file(out: Path) -> Path:
+    """Where the samples go: res/a.samples.jsonl for res/a.json, and for res/a."""
+    name = out.stem if out.suffix == ".json" else out.name  # kimi-1.3b has no suffix
+    return out.with_name(f"{name}.samples.jsonl")
 
 
 def table(results: dict[str, Any]) -> str:

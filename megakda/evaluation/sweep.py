@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import time
@@ -13,13 +14,16 @@ from typing import Any
 
 from megakda.data.tokenizer import Tokenizer
 from megakda.errors import ConfigError
+from megakda.evaluation import output
 from megakda.evaluation.heatmap import Grid, heatmap
 from megakda.evaluation.protocol import Generator
-from megakda.evaluation.synthetic import Sample, Task, make_sample
+from megakda.evaluation.synthetic import TASKS, Sample, Task, make_sample
 from megakda.inference.request import SamplingParams
 
 SCORINGS = ("generate", "loglikelihood")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+TABLES = ("results.json", "samples.jsonl", "scores.csv", "scores.md")
+OVERVIEW = "overview"
 
 
 @dataclass(frozen=True)
@@ -278,37 +282,64 @@ def write_tables(
 
     Returns:
         The files.
+
+    Raises:
+        ConfigError: one cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
     settings = {**asdict(sweep), "tasks": [asdict(task) for task in sweep.tasks]}
     rows = [
         {name: value for name, value in asdict(cell).items() if name != "answers"} for cell in cells
     ]
     results = {**facts, "settings": settings, "scores": mean_scores(cells), "cells": rows}
-    paths = [out / name for name in ("results.json", "samples.jsonl", "scores.csv", "scores.md")]
-    paths[0].write_text(json.dumps(results, indent=2) + "\n")
-    with paths[1].open("w") as stream:
-        for cell in cells:
-            where = {"task": cell.task, "length": cell.length, "depth": cell.depth}
-            for answer in cell.answers:
-                stream.write(json.dumps({**where, **asdict(answer)}) + "\n")
-    with paths[2].open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    paths[3].write_text(markdown_table(cells))
+    samples = []
+    for cell in cells:
+        where = {"task": cell.task, "length": cell.length, "depth": cell.depth}
+        samples += [json.dumps({**where, **asdict(answer)}) + "\n" for answer in cell.answers]
+    scores = io.StringIO()
+    writer = csv.DictWriter(scores, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    whole = json.dumps(results, indent=2) + "\n"
+    texts = (whole, "".join(samples), scores.getvalue(), markdown_table(cells))
+    paths = [out / name for name in TABLES]
+    for path, text in zip(paths, texts, strict=True):
+        output.write_text(path, text)
     return paths
 
 
+def clear_results(out: Path) -> None:
+    """Removes the files of an earlier sweep, so that its pictures do not stand beside new tables.
+
+    Raises:
+        ConfigError: one cannot be removed.
+    """
+    for path in result_files(out):
+        with output.writing(path):
+            path.unlink(missing_ok=True)
+
+
+def result_files(out: Path) -> list[Path]:
+    """Every file that `write_tables` and `draw_heatmaps` may write, of any sweep."""
+    return [out / name for name in (*TABLES, *(f"{task}.png" for task in (OVERVIEW, *TASKS)))]
+
+
 def draw_heatmaps(out: Path, sweep: Sweep, cells: Sequence[Cell]) -> list[Path]:
-    """Draws overview.png, and a picture of each task whose depths are swept; returns the files."""
+    """Draws overview.png, and a picture of each task whose depths are swept; returns the files.
+
+    Raises:
+        ConfigError: one cannot be written.
+    """
     meaning = {
         "generate": "Share of the true answers in what the model wrote",
         "loglikelihood": "Share of the true answers of which every token was the likeliest",
     }[sweep.scoring]
-    paths = [heatmap(overview(cells), "Long-context tests", meaning, out / "overview.png")]
+    grids = {OVERVIEW: ("Long-context tests", overview(cells))}
     for task in dict.fromkeys(cell.task for cell in cells if cell.depth is not None):
-        paths.append(heatmap(depth_grid(cells, task), task, meaning, out / f"{task}.png"))
+        grids[task] = task, depth_grid(cells, task)
+    paths = []
+    for name, (title, grid) in grids.items():
+        with output.writing(out / f"{name}.png"):
+            paths.append(heatmap(grid, title, meaning, out / f"{name}.png"))
     return paths
 
 

@@ -6,6 +6,7 @@ but for `user`, which has no effect on the answer at OpenAI either.
 
 from __future__ import annotations
 
+import json
 import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,6 +18,7 @@ from megakda.errors import ConfigError
 from megakda.inference.request import MAX_LOGPROBS, SamplingParams
 
 MAX_STOPS = 16
+MAX_STOP_TOKENS = 64
 SEEDS = 2**63
 DEFAULT_MAX_TOKENS = 16
 """Of completions, as at OpenAI; a chat completion may use what is left of the context."""
@@ -181,13 +183,19 @@ class _Request(_Strict):
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is only allowed with stream=true", "stream_options")
         if not 1 <= self.choices <= limits.max_choices:
-            raise invalid(f"n={self.n} must be in 1..{limits.max_choices}", "n")
+            raise invalid(f"n={shown(self.n)} must be in 1..{limits.max_choices}", "n")
         if self.stop is not None and len(self.stop) > MAX_STOPS:
             raise invalid(f"stop has {len(self.stop)} texts; at most {MAX_STOPS}", "stop")
-        for token in self.stop_token_ids or ():
+        tokens = self.stop_token_ids or []
+        if len(tokens) > MAX_STOP_TOKENS:
+            raise invalid(
+                f"stop_token_ids has {len(tokens)} ids; at most {MAX_STOP_TOKENS}",
+                "stop_token_ids",
+            )
+        for token in tokens:
             _check_token(token, "stop_token_ids", limits)
         if self.seed is not None and not 0 <= self.seed <= SEEDS - self.choices:
-            raise invalid(f"seed={self.seed} must be in 0..2^63-n", "seed")
+            raise invalid(f"seed={shown(self.seed)} must be in 0..2^63-n", "seed")
 
     def sampling(
         self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
@@ -221,7 +229,11 @@ class _Request(_Strict):
             params[0].check()
         except ConfigError as error:
             name = str(error).partition("=")[0]
-            raise invalid(str(error), name if name in type(self).model_fields else None) from error
+            text = str(error)
+            if hasattr(params[0], name):
+                value = getattr(params[0], name)
+                text = text.replace(repr(value), shown(value))
+            raise invalid(text, name if name in type(self).model_fields else None) from error
         return params
 
 
@@ -242,7 +254,8 @@ class CompletionRequest(_Request):
             )
         if self.best_of is not None and self.best_of != self.choices:
             raise invalid(
-                f"best_of={self.best_of} is not supported, unless it is n={self.choices}", "best_of"
+                f"best_of={shown(self.best_of)} is not supported, unless it is n={self.choices}",
+                "best_of",
             )
         _check_logprobs("logprobs", self.logprobs)
         answers = len(self.prompt) * self.choices
@@ -285,13 +298,14 @@ class ChatRequest(_Request):
 
 def _check_logprobs(name: str, value: int | None) -> None:
     if value is not None and not 0 <= value <= MAX_LOGPROBS:
-        raise invalid(f"{name}={value} must be in 0..{MAX_LOGPROBS}", name)
+        raise invalid(f"{name}={shown(value)} must be in 0..{MAX_LOGPROBS}", name)
 
 
 def _check_token(token: int, param: str, limits: Limits) -> None:
     if not 0 <= token < limits.vocab_size:
         raise invalid(
-            f"{param} has the token id {token}; ids are in 0..{limits.vocab_size - 1}", param
+            f"{param} has the token id {shown(token)}; ids are in 0..{limits.vocab_size - 1}",
+            param,
         )
 
 
@@ -319,10 +333,10 @@ def fit_context(
     wanted = min(left, default) if default is not None else left
     if max_tokens is not None:
         if max_tokens < 0:
-            raise invalid(f"max_tokens={max_tokens} must be at least 0", "max_tokens")
+            raise invalid(f"max_tokens={shown(max_tokens)} must be at least 0", "max_tokens")
         wanted = max_tokens
     if wanted > left or (wanted < 1 and max_tokens != 0):
-        asked = f" and {wanted} for the answer" if wanted > 0 else ""
+        asked = f" and {shown(wanted)} for the answer" if wanted > 0 else ""
         raise invalid(
             f"This server's context is {limits.max_context} tokens, but {longest} in the prompt"
             f"{asked} were asked for: shorten the prompt or max_tokens",
@@ -352,12 +366,26 @@ def read(kind: type[R], body: bytes) -> R:
     """Reads a request body.
 
     Raises:
-        ApiError: no JSON, or a field that is unknown, missing or of a wrong type.
+        ApiError: no JSON, or a field that is unknown, missing, given twice or of a wrong type.
     """
     try:
-        return kind.model_validate_json(body)
+        asked = kind.model_validate_json(body)
     except ValidationError as error:
         raise _explain(error) from error
+    json.loads(body, object_pairs_hook=_refuse_duplicates)  # pydantic takes the last of them
+    return asked
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise invalid(
+                f"The body of the request has {shown(key)} twice in one object: give it once",
+                key if len(key) <= 80 else None,
+                "duplicate_parameter",
+            )
+        seen.add(key)
 
 
 def _explain(error: ValidationError) -> ApiError:

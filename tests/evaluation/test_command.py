@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +67,8 @@ def commands(run, corpus, task, out, *layout):
 @pytest.fixture(scope="module")
 def alone(run, corpus, task, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
+    (out / "long").mkdir()
+    (out / "long" / "needle_single_2.png").touch()  # of an earlier sweep
     return out, [jobs.evaluate(command) for command in commands(run, corpus, task, out)]
 
 
@@ -82,6 +86,10 @@ def test_files_and_output(alone, run):
     assert [perplexity[0], long[0], lm_eval[0]] == [0, 0, 0]
     assert "300 tokens" in perplexity[1] and "bits per byte" in perplexity[1]
     assert long[1].startswith("| task | 500 | 620 |\n") and "overview.png" in long[1]
+    assert {path.name for path in (out / "long").glob("*.png")} == {
+        "overview.png",
+        "needle_single_1.png",
+    }
     assert "|local|" in lm_eval[1]
     results = json.loads((out / "perplexity.json").read_text())
     assert results["model"] == str(run / "checkpoints" / "step_00000001")
@@ -130,3 +138,54 @@ def test_errors_end_with_their_status(run, corpus, task, tmp_path, capsys):
         assert tool.main(command) == status, command
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["perplexity", "lm-eval", "long-context"])
+def test_where_results_go_is_checked_before_a_model_is_loaded(
+    kind, corpus, task, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("megakda.inference.choice.ModelChoice.open", lambda self: 1 / 0)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "locked")
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "folder" / "overview.png").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "a.samples.jsonl").mkdir()
+    command = {
+        "perplexity": ["perplexity", "none", "--data", str(corpus)],
+        "lm-eval": ["lm-eval", "none", "--tasks", str(task)],
+        "long-context": ["long-context", "none"],
+    }[kind]
+    wrong = {"file/a": "file is no folder", "locked/a/b": "locked cannot be written to"}
+    if kind == "long-context":
+        wrong |= {"file": "exists and is no folder", "folder": "overview.png exists and is no"}
+    else:
+        wrong |= {"folder": "exists and is no regular file"}
+    if kind == "lm-eval":
+        wrong |= {"a.json": "a.samples.jsonl exists and is no regular file"}
+    for out, message in wrong.items():
+        assert jobs.tool().main([*command, "--out", str(tmp_path / out)]) == 2
+        said = capsys.readouterr().err
+        assert f"error: --out {tmp_path / out}".removesuffix(".json") in said and message in said
+    with pytest.raises(ZeroDivisionError):  # what is right gets as far as the model
+        jobs.tool().main([*command, "--out", str(tmp_path / "new" / "kimi-1.3b")])
+
+
+def test_the_disk_fails_at_the_end(run, corpus, tmp_path, capsys, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megakda.checkpoint.folders.write_text", full)
+    command = ["perplexity", str(run), "--data", str(corpus), "--context", "40", "--tokens", "9"]
+    assert jobs.tool().main([*command, "--out", str(tmp_path / "a.json")]) == 2
+    out, err = capsys.readouterr()
+    assert "9 tokens" in out  # the result is not lost
+    assert f"--out: {tmp_path / 'a.json'} cannot be written (No space left on device)" in err
+
+
+def test_an_interrupt_is_no_traceback(run, corpus, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megakda.evaluation.command.corpus_perplexity", interrupted)
+    assert jobs.tool().main(["perplexity", str(run), "--data", str(corpus)]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")

@@ -278,6 +278,9 @@ def test_result_files(both, tmp_path):
     lines = (tmp_path / "deep" / "out.samples.jsonl").read_text().splitlines()
     assert len(lines) == 3 * ROWS and json.loads(lines[0])["task"] == "local_choice"
     assert "local_write" in harness.table(both["us"])
+    names = {"a.json": "a", "kimi-1.3b": "kimi-1.3b", "kimi-1.3b.json": "kimi-1.3b"}
+    for out, stem in names.items():
+        assert harness.samples_file(tmp_path / out) == tmp_path / f"{stem}.samples.jsonl"
 
 
 def test_the_registered_name():

@@ -12,6 +12,7 @@ from megakda.errors import ConfigError
 from megakda.evaluation.heatmap import Grid, heatmap
 from megakda.evaluation.sweep import (
     Sweep,
+    clear_results,
     depth_grid,
     draw_heatmaps,
     markdown_table,
@@ -156,6 +157,18 @@ def test_files(written):
     assert table.splitlines()[0] == "| task | 1024 | 1500 | 3000 |"
     assert "| needle_single_2 | 33.3 | 33.3 | 33.3 |" in table
     assert table.splitlines()[-1].startswith("| mean | ")
+
+
+def test_a_used_folder_keeps_nothing_of_the_sweep_before(written, tmp_path):
+    _, sweep, cells, paths = written
+    write_tables(tmp_path, sweep, cells, {})
+    assert len(draw_heatmaps(tmp_path, sweep, cells)) == 3
+    others = {tmp_path / "notes.txt", tmp_path / "mine.png"}
+    for path in others:
+        path.touch()
+    assert {path.name for path in tmp_path.iterdir()} > {path.name for path in paths}
+    clear_results(tmp_path)
+    assert set(tmp_path.iterdir()) == others
 
 
 def test_a_part_of_a_sweep_has_gaps(written, tmp_path):

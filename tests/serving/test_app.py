@@ -191,6 +191,15 @@ def test_wrong_requests(server, body, status, code):
     assert error["type"] == "invalid_request_error"
 
 
+def test_a_number_beyond_all_tensors_stops_nothing(server):
+    for stream in (False, True):
+        found = post(server, {"prompt": "x", "top_k": 10**400, "stream": stream})
+        assert found.status_code == 400 and found.json()["error"]["param"] == "top_k"
+        assert len(found.text) < 300
+    assert post(server, {"prompt": "x", "top_k": 2**31 - 1, "max_tokens": 2}).status_code == 200
+    assert get(server, "/health").json()["status"] == "ok"
+
+
 @pytest.mark.parametrize("path", ["/nothing", "/v1/nothing", "/v1/../etc"])
 def test_unknown_routes(server, path):
     found = post(server, {}, path)

@@ -65,7 +65,7 @@ def test_other_prompts(given):
         ({"temperature": -1}, "temperature", "temperature=-1.0 must be a finite number"),
         ({"top_p": 0}, "top_p", "top_p=0.0 must be in (0, 1]"),
         ({"min_p": 1}, "min_p", "min_p=1.0 must be in [0, 1)"),
-        ({"top_k": -1}, "top_k", "top_k=-1 must be at least 0"),
+        ({"top_k": -1}, "top_k", "top_k=-1 must be in 0..2^31-1"),
         ({"repetition_penalty": 0}, "repetition_penalty", "in 0.01..100"),
         ({"max_tokens": 1.5}, "max_tokens", "expected an integer, but got 1.5"),
         ({"max_tokens": True}, "max_tokens", "expected an integer, but got True"),
@@ -78,6 +78,7 @@ def test_other_prompts(given):
         ({"stop": ""}, "stop", "texts that are not empty"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"stop_token_ids": [320]}, "stop_token_ids", "0..319"),
+        ({"stop_token_ids": [1] * 65}, "stop_token_ids", "has 65 ids; at most 64"),
         ({"presence_penalty": 0.5}, "presence_penalty", "use repetition_penalty"),
         ({"frequency_penalty": -1}, "frequency_penalty", "use repetition_penalty"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
@@ -89,6 +90,22 @@ def test_other_prompts(given):
 def test_fields_of_both(kind, fields, param, message):
     error = refused(kind, **fields)
     assert error["param"] == param and message in error["message"]
+
+
+@pytest.mark.parametrize(
+    "name", ["top_k", "n", "seed", "stop_token_ids", "best_of", "logprobs", "max_tokens", "prompt"]
+)
+def test_huge_numbers_are_not_sent_back(name):
+    """Up to the 4300 digits that JSON numbers may have here, and Python would write out."""
+    huge = 10**4299
+    asked = completion(**{name: [huge] if name in ("stop_token_ids", "prompt") else huge})
+    with pytest.raises(ApiError) as info:
+        asked.check(LIMITS)
+        check_prompt(asked.prompt[0] if name == "prompt" else [1], "prompt", LIMITS)
+        fit_context(1, asked.max_tokens, 16, "max_tokens", LIMITS)
+        asked.sampling(1, None)
+    error = info.value.error
+    assert error["param"] == name and "1000" in error["message"] and len(error["message"]) < 250
 
 
 @pytest.mark.parametrize(
@@ -155,6 +172,8 @@ def test_any_other_body_is_refused(body):
         (b"{}", "missing_required_parameter"),
         (b'{"prompt": "x", "temperature": NaN}', "invalid_value"),
         (b'{"prompt": "x", "temperature": 1e999}', "invalid_value"),
+        (b'{"prompt": "x", "seed": 1, "prompt": "x"}', "duplicate_parameter"),
+        (b'{"prompt": "x", "logit_bias": {"1": 0, "\\u0031": 0}}', "duplicate_parameter"),
     ],
 )
 def test_bodies(body, code):
