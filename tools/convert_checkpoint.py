@@ -2,10 +2,10 @@
 """Inspects, reshards, casts, averages and strips checkpoints, whatever layout they were saved at.
 
 CHECKPOINT is a run's folder, of which the newest checkpoint is taken, or a checkpoint's. OUT
-becomes a run's folder: OUT/checkpoints/step_*, and a copy of the run's config.yaml where CHECKPOINT
-lies in a run, so that tools/generate.py OUT and train.weights=OUT work. Nothing is overwritten. A
-command that was interrupted goes on where it was when it is started again. Memory is bounded by a
-few times the chunk size, whatever the size of the model.
+becomes a run's folder: OUT/checkpoints/step_*, and copies of the run's config.yaml and tokenizer
+where CHECKPOINT lies in a run that has them, so that tools/generate.py OUT and train.weights=OUT
+work. Nothing is overwritten. A command that was interrupted goes on where it was when it is started
+again. Memory is bounded by a few times the chunk size, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megakda.checkpoint import convert, inspection  # noqa: E402
+from megakda.config.sizes import parse_size  # noqa: E402
 from megakda.errors import MegakdaError  # noqa: E402
 
 
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "inspect":
             return inspect(args)
-        limit = convert.parse_size(args.max_chunk_size, "--max-chunk-size")
+        limit = parse_size(args.max_chunk_size, "--max-chunk-size")
         if args.command == "reshard":
             result = convert.reshard(args.checkpoint, args.out, limit)
         elif args.command == "cast":
@@ -79,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     except MegakdaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; a conversion goes on with the same command", file=sys.stderr)
+        return 130
     print(result)
     return 0
 

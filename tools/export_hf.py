@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megakda.checkpoint.hf_export import DTYPES, export_hf, parse_size  # noqa: E402
+from megakda.checkpoint.hf_export import DTYPES, export_hf  # noqa: E402
+from megakda.config.sizes import parse_size  # noqa: E402
 from megakda.data.tokenizer import SPECS  # noqa: E402
 from megakda.errors import MegakdaError  # noqa: E402
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             args.checkpoint,
             args.out,
             args.dtype,
-            parse_size(args.max_shard_size),
+            parse_size(args.max_shard_size, "--max-shard-size"),
             args.tokenizer,
             args.context,
             not args.quiet,
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
+    for warning in done.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if done.nonfinite:
         print(f"warning: NaN or infinity in {', '.join(done.nonfinite)}", file=sys.stderr)
     print(done)

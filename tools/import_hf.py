@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Converts a Hugging Face folder into a run's: checkpoint, config.yaml, tokenizer.
 
-Kimi Linear, or DeepSeek-V3 without query compression. The checkpoint loads at any layout, and
-train.weights=OUT begins a training with it. An interrupted import goes on with the same command.
+Kimi Linear or DeepSeek-V3, with or without compressed queries. The checkpoint loads at
+any layout, and train.weights=OUT begins a training with it. An interrupted import goes on with the
+same command.
 
 python tools/import_hf.py --hf Kimi-Linear-48B-A3B-Base --out runs/kimi_linear_48b
 """

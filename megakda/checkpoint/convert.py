@@ -2,8 +2,8 @@
 
 Everything streams: a block of rows is read, changed and written, so that memory is bounded by a few
 times `chunk_bytes`, whatever the size of the model. The output is a run folder,
-`OUT/checkpoints/step_*` with a copy of the run's config.yaml where there is one, which
-`train.weights` and the tools take. An interrupted conversion goes on where it was when it is
+`OUT/checkpoints/step_*` with a copy of the run's config.yaml and tokenizer where there are any,
+which `train.weights` and the tools take. An interrupted conversion goes on where it was when it is
 started again in the same way.
 """
 
@@ -24,8 +24,20 @@ from typing import Any
 import torch
 
 from megakda import __version__
-from megakda.checkpoint.folders import architecture_differences, find, write_text
-from megakda.checkpoint.stored import OPTIMIZER, CheckpointWriter, StoredCheckpoint, StoredTensor
+from megakda.checkpoint.folders import (
+    architecture_differences,
+    check_space,
+    find,
+    lock_of,
+    write_text,
+)
+from megakda.checkpoint.stored import (
+    OPTIMIZER,
+    CheckpointWriter,
+    StoredCheckpoint,
+    StoredTensor,
+    is_finite,
+)
 from megakda.errors import CheckpointError, ConfigError
 
 CHUNK_BYTES = 256 * 10**6
@@ -184,24 +196,6 @@ def average(
     return job.run(dtypes, block, {"weights_only": True})
 
 
-def parse_size(text: str, setting: str) -> int:
-    """Bytes of a size such as ``1GB`` or ``512MiB``: decimal and binary units, or a plain number.
-
-    Raises:
-        ConfigError: anything else; it names `setting`.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT]?)(i?)B)?", text.strip())
-    size = 0
-    if match:
-        scale = 1024 if match[3] else 1000
-        size = int(float(match[1]) * scale ** " KMGT".index((match[2] or " ").upper()))
-    if size < 1:
-        raise ConfigError(
-            f"{setting}={text}: must be a number of bytes, or a size such as 256MB or 1GiB"
-        )
-    return size
-
-
 class _Job:
     """One conversion into a folder."""
 
@@ -245,30 +239,29 @@ class _Job:
         """
         started = time.monotonic()
         _refuse_existing(self.out, self.target)
-        writer = CheckpointWriter(self.target, self.identity)
         parts = {
             f"part_{number:05d}": rows
             for number, rows in enumerate(_plan(self.like, dtypes, self.chunk_bytes))
         }
-        todo = {name: rows for name, rows in parts.items() if not writer.has_part(name)}
         nbytes = sum(piece.nbytes for rows in parts.values() for piece in rows)
-        result = Conversion(self.target, len(dtypes), nbytes, kept=len(parts) - len(todo))
-        remaining = sum(piece.nbytes for rows in todo.values() for piece in rows)
-        _check_space(writer.partial, remaining)
-        config = _run_config(self.like.path, manifest.get("precision"))
-        if config is not None:
-            _write(self.out / "config.yaml", config)
-        notes = writer.partial / "not_finite.json"  # removed by `finish`
-        if notes.is_file():
-            result.not_finite = json.loads(notes.read_text())
-        with progress_bar(nbytes, str(self.facts["command"])) as bar:
-            bar.update(nbytes - remaining)
-            for name, rows in todo.items():
-                writer.write_part(name, _blocks(rows, block, result, bar))
-                if result.not_finite:
-                    _write(notes, json.dumps(result.not_finite))
-        facts = {**self.like.manifest, "megakda": __version__, **manifest, "converted": self.facts}
-        writer.finish(facts, trainer or {}, optimizer)
+        result = Conversion(self.target, len(dtypes), nbytes)
+        with CheckpointWriter(self.target, self.identity) as writer:
+            todo = {name: rows for name, rows in parts.items() if not writer.has_part(name)}
+            result.kept = len(parts) - len(todo)
+            remaining = sum(piece.nbytes for rows in todo.values() for piece in rows)
+            check_space(writer.partial, remaining)
+            _copy_run(self.like.path.parent.parent, self.out, manifest.get("precision"))
+            notes = writer.partial / "not_finite.json"  # removed by `finish`
+            if notes.is_file():
+                result.not_finite = json.loads(notes.read_text())
+            with progress_bar(nbytes, str(self.facts["command"])) as bar:
+                bar.update(nbytes - remaining)
+                for name, rows in todo.items():
+                    writer.write_part(name, _blocks(rows, block, result, bar))
+                    if result.not_finite:
+                        _write(notes, json.dumps(result.not_finite))
+            facts = {"megakda": __version__, **manifest, "converted": self.facts}
+            writer.finish({**self.like.manifest, **facts}, trainer or {}, optimizer)
         _write(self.target.parent / "latest", f"{self.target.name}\n")
         result.seconds = time.monotonic() - started
         return result
@@ -316,7 +309,7 @@ def _blocks(
     for piece in rows:
         tensor = block(piece.name, piece.start, piece.stop)
         is_weight = not piece.name.startswith(OPTIMIZER)
-        if is_weight and piece.name not in result.not_finite and not _is_finite(tensor):
+        if is_weight and piece.name not in result.not_finite and not is_finite(tensor):
             result.not_finite.append(piece.name)
         offset = (piece.start, *[0] * (len(piece.shape) - 1)) if piece.shape else ()
         yield piece.name, tensor, piece.shape, offset
@@ -339,13 +332,9 @@ def _by_pieces(
     return rows if tensor.shape else rows.reshape(())
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # A finite sum tells it without the copy that isfinite() makes; only then numbers are looked at.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
 def _open(checkpoint: str) -> StoredCheckpoint:
-    return StoredCheckpoint(find(checkpoint, "CHECKPOINT"))
+    # Resolved, so that its run is found from it, and so that a job is the same from everywhere.
+    return StoredCheckpoint(find(checkpoint, "CHECKPOINT").resolve())
 
 
 def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
@@ -397,7 +386,8 @@ def _refuse_existing(out: Path, target: Path) -> None:
     """`out` may hold what an interrupted conversion has left, and nothing else."""
     partial = target.parent / f".{target.name}.partial"
     found = {*out.iterdir(), *target.parent.glob("*")} if out.is_dir() else set()
-    interrupted = partial in found and found <= {out / "config.yaml", target.parent, partial}
+    ours = {out / "config.yaml", out / "tokenizer", target.parent, partial, lock_of(partial)}
+    interrupted = partial in found and found <= ours
     if out.is_file() or (found and not interrupted):
         raise CheckpointError(f"{out} exists: choose another --out, or delete it")
 
@@ -409,24 +399,20 @@ def _write(path: Path, text: str) -> None:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CheckpointError(
-            f"{folder} needs about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free: "
-            "free some space, or choose another --out"
-        )
+def _copy_run(run: Path, out: Path, precision: str | None) -> None:
+    """Copies what a run's folder has beside its checkpoints: config.yaml and the tokenizer.
 
-
-def _run_config(checkpoint: Path, precision: str | None) -> str | None:
-    """The config.yaml of a checkpoint's run, with another precision if one is given."""
-    file = checkpoint.parent.parent / "config.yaml"
+    Args:
+        precision: to write into config.yaml; None for the one that is there.
+    """
+    file, tokenizer = run / "config.yaml", run / "tokenizer"
     try:
-        text = file.read_text()
-    except FileNotFoundError:
-        return None
+        if file.is_file():
+            text = file.read_text()
+            if precision is not None:
+                text = re.sub(r"(?m)^precision: .*$", f"precision: {precision}", text)
+            _write(out / file.name, text)
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, out / tokenizer.name, dirs_exist_ok=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if precision is not None:
-        text = re.sub(r"(?m)^precision: .*$", f"precision: {precision}", text)
-    return text
+        raise CheckpointError(f"{run} cannot be copied to {out}: {error}") from error

@@ -10,6 +10,10 @@ import errno
 import json
 import os
 import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +125,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, or of a format that this version does not know.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+    manifest = read_json(path / MANIFEST)
+    found = manifest.get("format")
+    if found != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {found}; this version reads {FORMAT}")
     return manifest
 
@@ -172,6 +173,81 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read, it is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuses to write `needed` bytes into an existing folder whose file system has not so many.
+
+    Raises:
+        CheckpointError: names both numbers.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder}: about {needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are "
+            "free: make room, or choose another --out"
+        )
+
+
+@contextmanager
+def claimed(partial: Path) -> Iterator[None]:
+    """Keeps other processes from writing `partial` meanwhile, by a lock on a file beside it.
+
+    The system frees the lock if this process is killed; the file then stays for the next one.
+
+    Raises:
+        CheckpointError: another process is writing there.
+        OSError: the file cannot be made.
+    """
+    import fcntl
+
+    lock = lock_of(partial)
+    while True:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "ab") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{partial}: another process is writing there: wait for it, or choose another "
+                    "--out"
+                ) from None
+            except OSError as error:  # a file system without locks
+                text = f"{partial} cannot be locked ({error}): start one command there at a time"
+                print(text, file=sys.stderr)
+            try:
+                ours = os.path.samestat(os.fstat(stream.fileno()), os.stat(lock))
+            except FileNotFoundError:
+                ours = False
+            if ours:  # else its last holder removed it in between, and a new one is needed
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):
+                        lock.unlink()  # while it is held, so that nobody waits on it
+                return
+
+
+def lock_of(partial: Path) -> Path:
+    """The file that `claimed` locks."""
+    return partial.with_name(f"{partial.name}.lock")
 
 
 def sync_folder(path: Path) -> None:

@@ -9,6 +9,13 @@ from megakda.checkpoint.hf_map import family
 from megakda.config.schema import Config, ModelConfig
 from megakda.models.params import count_layers, count_parameters
 
+_BF16 = [
+    'With `dtype="auto"` transformers loads all weights in bf16, also `A_log` and the routing',
+    "biases, which are fp32 in these files: its logits are those of the run to bf16 precision",
+    "only.",
+    "",
+]
+
 
 def model_card(
     name: str,
@@ -72,6 +79,7 @@ def model_card(
         f'    model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")',
         f'    tokenizer = AutoTokenizer.from_pretrained("{name}")',
         "",
+        *(_BF16 if dtype == "bfloat16" else []),
         "With vLLM, in a release that knows this architecture (not tried by megakda's tests):",
         "",
         f"    vllm serve {name} --max-model-len {context}",

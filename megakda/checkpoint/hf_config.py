@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from megakda import __version__
+from megakda.checkpoint.folders import read_json
 from megakda.checkpoint.hf_map import DEEPSEEK_V3, KIMI_LINEAR, family
 from megakda.checkpoint.hf_settings import ARCHITECTURES, KV_NORM_EPS, Settings
 from megakda.config.pattern import FULL, LINEAR, layer_kinds
@@ -202,22 +202,13 @@ def load(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not there, or not a JSON object.
     """
-    return _json(folder / CONFIG)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    path = folder / CONFIG
+    if not path.is_file():
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}): name a Hugging Face folder, with "
+            f"{path} cannot be read, there is no such file: name a Hugging Face folder, with "
             f"{CONFIG} and *.safetensors"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return config
+        )
+    return read_json(path)
 
 
 def read(folder: Path) -> ModelConfig:
@@ -253,7 +244,11 @@ def context(folder: Path) -> int:
     Raises:
         CheckpointError: no `config.json`, or one that does not say.
     """
-    return Settings(folder / CONFIG, load(folder)).whole(*_CONTEXT.values())
+    settings, names = Settings(folder / CONFIG, load(folder)), tuple(_CONTEXT.values())
+    found = settings.whole(*names)
+    if found < 1:
+        raise settings.wrong(names[0], found, "at least 1")
+    return found
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
@@ -263,7 +258,7 @@ def generation_config(folder: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read.
     """
     path = folder / GENERATION
-    return _json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def end_tokens(folder: Path) -> set[int]:

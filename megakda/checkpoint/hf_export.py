@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
+from yaml import YAMLError
 
 from megakda.checkpoint import hf_config, hf_tokenizer
-from megakda.checkpoint.folders import find, sync_folder
+from megakda.checkpoint.folders import check_space, claimed, find, reason, sync_folder
 from megakda.checkpoint.hf_card import model_card
 from megakda.checkpoint.hf_folder import FolderWriter
 from megakda.checkpoint.hf_map import Tensor, tensors
-from megakda.checkpoint.stored import StoredCheckpoint
+from megakda.checkpoint.stored import StoredCheckpoint, is_finite
 from megakda.config.compose import from_tree
 from megakda.config.schema import Config, ModelConfig
 from megakda.data.tokenizer import Tokenizer
@@ -42,6 +44,7 @@ class Exported:
     bytes: int
     seconds: float
     nonfinite: list[str] = field(default_factory=list)  # published names with NaN or infinity
+    warnings: list[str] = field(default_factory=list)  # what else a person should know
 
     def __str__(self) -> str:
         rate = self.bytes / max(self.seconds, 1e-9) / 2**20
@@ -76,27 +79,30 @@ def export_hf(
 
     Raises:
         CheckpointError: no complete checkpoint, one that is damaged or of another model than it
-            says, a tokenizer with other ids, or an output that exists or cannot be written.
-        ConfigError: the model has no published format.
+            says, a tokenizer with other ids, a config.yaml of the run that cannot be read where
+            `context` is not given, or an output that exists, that another process is writing, or
+            that cannot be written.
+        ConfigError: the model has no published format, or a `context` below 1.
         DataError: the tokenizer cannot be loaded.
     """
-    if out.exists():
-        raise CheckpointError(f"--out={out} exists already: choose another folder, or remove it")
+    _refuse_existing(out)
+    if context is not None and context < 1:
+        raise ConfigError(f"--context={context} must be at least 1")
     started = time.monotonic()
     source = _Source(str(checkpoint), context)
     hf_config.check_publishable(source.model)
     plan = _plan(source, dtype)
     said = source.manifest["tokenizer"]
     known = hf_tokenizer.checked(
-        tokenizer or said["spec"], said["fingerprint"], str(source.stored.path)
+        tokenizer or hf_tokenizer.located(said["spec"], source.stored.path),
+        said["fingerprint"],
+        str(source.stored.path),
     )
     total = sum(math.prod(shape) * kind.itemsize for _, kind, shape in plan)
     partial = out.parent / f".{out.name}.partial"
-    result = Exported(out, len(plan), total, 0.0)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _check_space(partial, total)
+    result = Exported(out, len(plan), total, 0.0, warnings=source.warnings)
+    with _completed(partial, out):
+        check_space(partial, total)
         bar = tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="export")
         with bar:
             writer = FolderWriter(partial, plan, max_shard_bytes)
@@ -105,23 +111,39 @@ def export_hf(
                 _write_tensor(source.stored, tensor, writer, kinds, bar, result.nonfinite)
             writer.close()
         _write_rest(partial, source, known, kinds, out.name)
-        for path in partial.iterdir():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
-        sync_folder(partial)
-        os.rename(partial, out)
-        sync_folder(out.parent)
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise CheckpointError(f"--out={out} exists already: choose another folder, or remove it")
+
+
+@contextmanager
+def _completed(partial: Path, out: Path) -> Iterator[None]:
+    """An empty folder `partial` to write, which gets the name `out`, or is removed on an error."""
+    try:
+        with claimed(partial):
+            _refuse_existing(out)  # another process may have finished it just now
+            shutil.rmtree(partial, ignore_errors=True)  # left by one that was killed
+            try:
+                partial.mkdir()
+                yield
+                for path in partial.iterdir():
+                    with open(path, "rb") as stream:
+                        os.fsync(stream.fileno())
+                sync_folder(partial)
+                os.rename(partial, out)
+                sync_folder(out.parent)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"--out={out} cannot be written: {error.strerror or error}; make room, or choose "
             "another folder"
         ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    result.seconds = time.monotonic() - started
-    return result
 
 
 class _Source:
@@ -138,7 +160,8 @@ class _Source:
                 f"{path} does not say of which model it is, in the words of this version: {error}"
             ) from error
         run = path.resolve().parent.parent
-        self.config = _run_config(run) if (run / "config.yaml").is_file() else None
+        self.warnings: list[str] = []
+        self.config = self._run_config(run / "config.yaml", required=context is None)
         # Of an imported model: what its folder said that megakda's settings have no place for
         self.published: dict[str, Any] = self.manifest.get("huggingface") or {}
         known = self.published.get("context") or (self.config and self.config.train.context)
@@ -149,15 +172,22 @@ class _Source:
             )
         self.context = int(context or known or 0)
 
-
-def _run_config(run: Path) -> Config:
-    path = run / "config.yaml"
-    try:
-        tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-        assert isinstance(tree, DictConfig)
-        return from_tree(tree)
-    except (OSError, OmegaConfBaseException) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    def _run_config(self, path: Path, required: bool) -> Config | None:
+        """The run's settings; None where there are none, or none readable and not `required`."""
+        if not path.is_file():
+            return None
+        try:
+            tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+            assert isinstance(tree, DictConfig)
+            return from_tree(tree)
+        except (OSError, OmegaConfBaseException, TypeError, ValueError, YAMLError) as error:
+            text = f"{path} cannot be read: {reason(error)}"
+            if required:
+                raise CheckpointError(
+                    f"{text}; give --context, in tokens, to export without the run's settings"
+                ) from error
+            self.warnings.append(f"{text}; the model card goes without the run's settings")
+            return None
 
 
 def _plan(source: _Source, dtype: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -219,11 +249,6 @@ def _write_tensor(
             bar.update(part.nbytes)
 
 
-def is_finite(part: torch.Tensor) -> bool:
-    """No NaN and no infinity. One fast pass where that is so, as nearly always."""
-    return bool(part.sum().isfinite()) or bool(part.isfinite().all())
-
-
 def _write_rest(
     folder: Path,
     source: _Source,
@@ -232,7 +257,9 @@ def _write_rest(
     name: str,
 ) -> None:
     """Configurations, tokenizer and model card."""
-    ids = {**hf_tokenizer.special_ids(tokenizer), **source.published.get("special_ids", {})}
+    said = source.published.get("special_ids") or {}
+    said = {key: value for key, value in said.items() if value is not None}
+    ids = {**hf_tokenizer.special_ids(tokenizer), **said}
     bulk = str(kinds["lm_head.weight"]).removeprefix("torch.")
     _write_json(
         folder / hf_config.CONFIG, hf_config.write(source.model, bulk, source.context, **ids)
@@ -252,25 +279,3 @@ def _write_rest(
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(f"{needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 500MB or 2GiB.
-
-    Raises:
-        ConfigError: not such a size.
-    """
-    match = re.fullmatch(r"(\d+)\s*([kMGT]?)(i?)B", text.strip())
-    size = 0
-    if match:
-        base = 1024 if match[3] else 1000
-        size = int(match[1]) * base ** " kMGT".index(match[2] or " ")
-    if size < 1:
-        raise ConfigError(f"--max-shard-size={text}: must be a size such as 5GB or 500MiB")
-    return size

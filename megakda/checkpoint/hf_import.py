@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +17,10 @@ from tqdm import tqdm
 
 from megakda import __version__
 from megakda.checkpoint import hf_config, hf_tokenizer
-from megakda.checkpoint.folders import write_json, write_text
-from megakda.checkpoint.hf_export import is_finite
+from megakda.checkpoint.folders import check_space, write_json, write_text
 from megakda.checkpoint.hf_map import Tensor
 from megakda.checkpoint.hf_source import HFSource
-from megakda.checkpoint.stored import CheckpointWriter
+from megakda.checkpoint.stored import CheckpointWriter, is_finite
 from megakda.config import compose, to_yaml
 from megakda.config.schema import ModelConfig, ParallelConfig
 from megakda.data.tokenizer import Tokenizer, load_tokenizer
@@ -89,9 +87,8 @@ def import_hf(
     with _Plan(folder, dtype) as plan:
         loaded, own = _tokenizer(folder, tokenizer, plan.model)
         result = plan.result()
-        with _named(out):
-            writer = CheckpointWriter(target, job=plan.job())
-            _check_space(out, plan, writer)
+        with _named(out), CheckpointWriter(target, job=plan.job()) as writer:
+            check_space(out, plan.left(writer))
             notes = out / _NONFINITE
             if notes.is_file():
                 result.nonfinite = json.loads(notes.read_text())
@@ -104,7 +101,7 @@ def import_hf(
                         if result.nonfinite:
                             write_json(notes, result.nonfinite)
                     bar.update(sum(plan.bytes(tensor) for tensor in members))
-            spec = _copy_tokenizer(loaded, out) if own else _absolute(loaded.spec)
+            spec = _copy_tokenizer(loaded, out) if own else hf_tokenizer.absolute(loaded.spec)
             write_text(out / "config.yaml", _config_yaml(plan, spec, out))
             writer.finish(plan.manifest(spec, loaded), trainer={})
             notes.unlink(missing_ok=True)
@@ -130,11 +127,15 @@ class _Plan:
     Attributes:
         model: architecture.
         parts: by name, the tensors of each file of the checkpoint.
+        context: tokens that the model is meant for.
     """
 
     def __init__(self, folder: Path, dtype: str):
         self.folder, self.dtype = folder, dtype
         self.model = hf_config.read(folder)
+        self.context = hf_config.context(folder)
+        self._config = hf_config.load(folder)
+        self._generation = hf_config.generation_config(folder)
         self.source = HFSource(folder, self.model)
         self.parts: dict[str, list[Tensor]] = {}
         for tensor in self.source.tensors.values():
@@ -156,6 +157,11 @@ class _Plan:
 
     def bytes(self, tensor: Tensor) -> int:
         return math.prod(tensor.shape) * self._kinds[tensor.name].itemsize
+
+    def left(self, writer: CheckpointWriter) -> int:
+        """Bytes of the parts that a writer has not yet."""
+        parts = [members for part, members in self.parts.items() if not writer.has_part(part)]
+        return sum(self.bytes(tensor) for members in parts for tensor in members)
 
     def result(self) -> Imported:
         all_tensors = self.source.tensors.values()
@@ -193,7 +199,6 @@ class _Plan:
         return {"import": str(self.folder.resolve()), "dtype": self.dtype, "files": state}
 
     def manifest(self, spec: str, tokenizer: Tokenizer) -> dict[str, Any]:
-        config = hf_config.load(self.folder)
         return {
             "step": 0,
             "megakda": __version__,
@@ -209,15 +214,11 @@ class _Plan:
                 "name": self.folder.resolve().name,
                 "context": self.context,
                 "special_ids": {
-                    key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")
+                    key: self._config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")
                 },
-                "generation_config": hf_config.generation_config(self.folder),
+                "generation_config": self._generation,
             },
         }
-
-    @property
-    def context(self) -> int:
-        return hf_config.context(self.folder)
 
     def _kind(self, tensor: Tensor) -> torch.dtype:
         wanted = torch.float32 if tensor.fp32 else DTYPES[self.dtype]
@@ -274,11 +275,6 @@ def _copy_tokenizer(tokenizer: Tokenizer, out: Path) -> str:
     return f"{kind}:{folder / Path(rest).name if kind == 'tiktoken' else folder}"
 
 
-def _absolute(spec: str) -> str:
-    kind, _, rest = spec.partition(":")
-    return f"{kind}:{Path(rest).expanduser().resolve()}" if rest else spec
-
-
 def _config_yaml(plan: _Plan, spec: str, out: Path) -> str:
     config = compose(["data=indexed"])
     config.model = plan.model
@@ -287,14 +283,6 @@ def _config_yaml(plan: _Plan, spec: str, out: Path) -> str:
     config.train.out = str(out.resolve())
     config.train.context = plan.context
     return to_yaml(config)
-
-
-def _check_space(out: Path, plan: _Plan, writer: CheckpointWriter) -> None:
-    left = [m for part, members in plan.parts.items() if not writer.has_part(part) for m in members]
-    needed = sum(map(plan.bytes, left))
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise OSError(f"{needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free")
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class Settings:
         pattern, last_full = _pattern(kinds)
         dense = self._dense_layers(layers)
         return ModelConfig(
-            name=self.path.resolve().parent.name,
+            name=self.path.parent.resolve().name,
             hidden_size=self.whole("hidden_size"),
             num_layers=layers,
             num_heads=heads,

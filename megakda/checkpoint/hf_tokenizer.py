@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from megakda.checkpoint.folders import read_json
 from megakda.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from megakda.errors import CheckpointError
 
@@ -35,17 +36,18 @@ def find_spec(folder: Path) -> str | None:
     """What `data.tokenizer` says to read a Hugging Face folder's tokenizer; None: it has none.
 
     Raises:
-        CheckpointError: several rank files of tiktoken.
+        CheckpointError: several rank files of tiktoken, or a damaged tokenizer_config.json.
     """
     config = folder / _CONFIG
-    if config.is_file() and _read_json(config).get(_MARK) == ByteTokenizer.spec:
+    if config.is_file() and read_json(config).get(_MARK) == ByteTokenizer.spec:
         return ByteTokenizer.spec
     ranks = sorted([*folder.glob("tiktoken.model"), *folder.glob("*.tiktoken")])
     if not (folder / _TOKENIZER).is_file() and ranks:
         if len(ranks) > 1:
             names = ", ".join(path.name for path in ranks)
             raise CheckpointError(f"{folder} has several tokenizers, {names}: give --tokenizer")
-        return f"tiktoken:{ranks[0].resolve()}"
+        # Not through a link to the file: what belongs to it lies beside the link.
+        return f"tiktoken:{folder.resolve() / ranks[0].name}"
     if any(list(folder.glob(name)) for name in (_TOKENIZER, "vocab.*", "*.model")):
         return f"hf:{folder.resolve()}"
     return None
@@ -59,7 +61,9 @@ def files_of(tokenizer: Tokenizer) -> list[Path]:
     path = Path(rest).expanduser()
     folder = path if kind == "hf" else path.parent
     found = [] if kind == "hf" else [path]
-    found += [p for p in in_folder(folder) if p not in found]
+    # Of a rank file the others are other tokenizers.
+    others = (".model", ".tiktoken") if kind == "tiktoken" else ()
+    found += [p for p in in_folder(folder) if p not in found and p.suffix not in others]
     return found
 
 
@@ -98,17 +102,44 @@ def checked(spec: str, fingerprint: str | None, where: str) -> Tokenizer:
     return tokenizer
 
 
+def located(spec: str, checkpoint: Path) -> str:
+    """Where a checkpoint's tokenizer is now.
+
+    Args:
+        spec: as the checkpoint's manifest names it.
+        checkpoint: the folder; RUN/checkpoints/step_*.
+
+    Returns:
+        `spec`, or if its path is gone and RUN/tokenizer is there, that one: an imported run has its
+        tokenizer along, and may have been moved. Its fingerprint is for `checked` to compare.
+    """
+    kind, _, rest = spec.partition(":")
+    own = checkpoint.resolve().parent.parent / "tokenizer"
+    if not rest or Path(rest).expanduser().exists() or not own.is_dir():
+        return spec
+    return f"{kind}:{own / Path(rest).name if kind == 'tiktoken' else own}"
+
+
+def absolute(spec: str) -> str:
+    """`spec` for another working folder. A link to a rank file stays one, as in `find_spec`."""
+    kind, _, rest = spec.partition(":")
+    path = Path(rest).expanduser()
+    if kind == "tiktoken":
+        return f"{kind}:{path.parent.resolve() / path.name}"
+    return f"{kind}:{path.resolve()}" if rest else spec
+
+
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     """bos, eos and pad as `config.json` names them."""
     config: dict[str, Any] = {}
     added: dict[str, int] = {}
     for path in files_of(tokenizer):
         if path.name == _CONFIG:
-            config = _read_json(path)
+            config = read_json(path)
             decoder = config.get("added_tokens_decoder") or {}
             added |= {token["content"]: int(number) for number, token in decoder.items()}
         elif path.name == _TOKENIZER:  # where transformers 5 has them
-            tokens = _read_json(path).get("added_tokens") or []
+            tokens = read_json(path).get("added_tokens") or []
             added |= {token["content"]: token["id"] for token in tokens}
     bos = config.get("bos_token")
     return {
@@ -181,11 +212,3 @@ def _characters() -> list[str]:
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printing else chr(next(others)) for byte in range(256)]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return value if isinstance(value, dict) else {}

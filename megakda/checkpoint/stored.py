@@ -8,8 +8,23 @@ torch.distributed.checkpoint's, with `common.pt`, `metadata.json` and `manifest.
 
 from __future__ import annotations
 
+import torch
+
 from megakda.checkpoint.folders import OPTIMIZER
 from megakda.checkpoint.stored_reader import StoredCheckpoint, StoredChunk, StoredTensor
 from megakda.checkpoint.stored_writer import CheckpointWriter
 
-__all__ = ["OPTIMIZER", "CheckpointWriter", "StoredCheckpoint", "StoredChunk", "StoredTensor"]
+__all__ = [
+    "OPTIMIZER",
+    "CheckpointWriter",
+    "StoredCheckpoint",
+    "StoredChunk",
+    "StoredTensor",
+    "is_finite",
+]
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """No NaN and no infinity among the numbers of a tensor."""
+    # A finite sum tells it without the copy that isfinite() makes; only then numbers are looked at.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

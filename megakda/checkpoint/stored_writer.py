@@ -10,6 +10,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -31,6 +32,7 @@ from megakda.checkpoint.folders import (
     CONTENT,
     FORMAT,
     MANIFEST,
+    claimed,
     reason,
     sync_folder,
     write_json,
@@ -47,7 +49,8 @@ class CheckpointWriter:
     """Writes a checkpoint folder part by part; it gets its name after its last byte is on disk.
 
     Until `finish` everything is in a hidden folder beside `target`. A writer that finds such a
-    folder, left by one that was interrupted, keeps the parts that are complete there.
+    folder, left by one that was interrupted, keeps the parts that are complete there. No other
+    process can write there until `finish` or `close`, or the end of a `with` block.
 
     Args:
         target: the folder to make; its parents are made too.
@@ -55,19 +58,34 @@ class CheckpointWriter:
             other facts has left is not continued.
 
     Raises:
-        CheckpointError: `target` exists, or another job has left parts there.
+        CheckpointError: `target` exists, another job has left parts there, or another process is
+            writing it.
     """
 
     def __init__(self, target: Path, job: dict[str, Any] | None = None):
         self.target = target
         self.partial = target.parent / f".{target.name}.partial"
         self._refuse_existing()
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._parts = dict(self._complete_parts())
-            self._claim({} if job is None else job)
-        except OSError as error:
-            raise CheckpointError(self._failed(error)) from error
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(claimed(self.partial))
+                self._refuse_existing()  # another process may have finished it just now
+                self.partial.mkdir(exist_ok=True)
+                self._parts = dict(self._complete_parts())
+                self._claim({} if job is None else job)
+            except OSError as error:
+                raise CheckpointError(self._failed(error)) from error
+            self._lock = lock.pop_all()
+
+    def close(self) -> None:
+        """Lets other processes write there; what is complete stays."""
+        self._lock.close()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def has_part(self, name: str) -> bool:
         """Whether this part is complete."""
@@ -158,6 +176,7 @@ class CheckpointWriter:
             sync_folder(self.target.parent)
         except OSError as error:
             raise CheckpointError(self._failed(error)) from error
+        self.close()
 
     def _write_block(
         self,

@@ -83,6 +83,8 @@ def open_model(
     model, saved_precision, spec, fingerprint = (_described_hf if is_hf else _described)(found)
     precision = precision or saved_precision
     _check_layout(model, parallel, precision)
+    if spec is not None and not is_hf:
+        spec = hf_tokenizer.located(spec, found)
     spec = tokenizer or spec
     if spec is None:
         raise ConfigError(f"{found} holds no tokenizer: name one with --tokenizer, as hf:DIR")

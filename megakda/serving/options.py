@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from megakda.config.sizes import parse_size as parse_size
 from megakda.errors import ConfigError
 from megakda.inference.choice import ModelChoice
 
@@ -64,18 +65,6 @@ class Options:
                 "the API key must consist of visible ASCII characters, at least one: set another "
                 "--api-key or MEGAKDA_API_KEY"
             )
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "500000", "500KB", "1MB" or "2MiB".
-
-    Raises:
-        ValueError: none of these.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)(i?)b?\s*", text.lower())
-    if found is None or (found[3] and not found[2]):
-        raise ValueError(f"{text!r} is no size: write it like 500KB, 1MB or 2MiB")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmg".index(found[2] or " "))
 
 
 def _flag(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -163,3 +164,16 @@ def edit(folder: Path, **settings: Any) -> None:
 
     config = {**hf_config.load(folder), **settings}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def tiktoken_instead(folder: Path) -> None:
+    """Puts a tiktoken tokenizer of the 256 bytes, [BOS] and [EOS] in the place of a folder's."""
+    (folder / "tokenizer.json").unlink()
+    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
+    (folder / "tiktoken.model").write_text("\n".join(lines))
+    special = {
+        "bos_token": "[BOS]",
+        "eos_token": "[EOS]",
+        "added_tokens_decoder": {"256": {"content": "[BOS]"}, "257": {"content": "[EOS]"}},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))

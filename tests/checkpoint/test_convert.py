@@ -284,7 +284,7 @@ def test_the_tool_converts_and_refuses(main, capsys, run, both, tmp_path):
         (
             ["reshard", out, "--out", f"{out}6", "--max-chunk-size", "1 parsec"],
             2,
-            "1 parsec: must be a number",
+            "--max-chunk-size=1 parsec is no size",
         ),
         (["inspect", out, "--filter", "("], 2, "--filter=(: no regular expression"),
     ):
@@ -312,23 +312,15 @@ def test_what_is_no_tensor_is_not_dropped_silently(run, both, tmp_path, monkeypa
     assert convert.reshard(str(run), tmp_path / "out").tensors
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("7", 7), ("1GB", 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2**31), ("3kB", 3000), ("4B", 4)],
-)
-def test_sizes(text, size):
-    assert convert.parse_size(text, "--x") == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1", "1.2.3MB", "0", "five"])
-def test_what_is_no_size(text):
-    with pytest.raises(ConfigError, match=f"--x={text}: must be a number of bytes"):
-        convert.parse_size(text, "--x")
-
-
 def test_manifest_of_a_conversion_is_json(both, tmp_path):
     result = convert.strip(str(both[0].path), tmp_path / "out")
     facts = json.loads((result.path / MANIFEST).read_text())
     assert facts["format"] == 1 and facts["megakda"] == megakda.__version__
     assert facts["converted"] == {"command": "strip", "sources": [str(both[0].path)]}
     assert facts["model"] == both[0].manifest["model"]
+
+
+def test_an_interruption_is_no_traceback(main, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(convert, "strip", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["strip", "run", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.startswith("interrupted; ")

@@ -146,7 +146,14 @@ DAMAGE = {
     "bad common.pt": (lambda f: os.truncate(f / "common.pt", 99), r"common\.pt cannot be read"),
     "no manifest": (lambda f: os.remove(f / MANIFEST), r"manifest\.json cannot be read"),
     "bad manifest": (lambda f: (f / MANIFEST).write_text("{"), r"manifest\.json cannot be read"),
-    "strange manifest": (lambda f: (f / MANIFEST).write_text("[1]"), r"checkpoint format None"),
+    "strange manifest": (
+        lambda f: (f / MANIFEST).write_text("[1]"),
+        r"manifest\.json holds no JSON",
+    ),
+    "other format": (
+        lambda f: (f / MANIFEST).write_text('{"format": 9}'),
+        r"checkpoint format 9; this version reads 1",
+    ),
     "other bytes": (
         lambda f: (f / "p1.distcp").write_bytes(bytes((f / "p1.distcp").stat().st_size)),
         r"p1\.distcp is damaged: b cannot be read",
@@ -181,11 +188,14 @@ def test_an_interrupted_writer_is_continued(tmp_path):
         raise KeyboardInterrupt
 
     writer = CheckpointWriter(target, {"of": "x"})
+    with pytest.raises(CheckpointError, match="another process is writing there"):
+        CheckpointWriter(target, {"of": "y"})
     writer.write_part("a", [("a", *whole(numbers(4)))])
     with pytest.raises(KeyboardInterrupt):
         writer.write_part("b", fails())
     with open(writer.partial / ".c.distcp.1.tmp", "w") as file:  # as a killed one leaves it
         file.write("half")
+    writer.close()
     assert not target.exists() and not complete(target.parent)
 
     with pytest.raises(CheckpointError, match="holds parts of something else"):
@@ -208,6 +218,7 @@ def test_a_part_that_lost_bytes_is_written_again(tmp_path):
     writer = CheckpointWriter(tmp_path / "it")
     writer.write_part("a", [("a", *whole(numbers(4)))])
     os.truncate(writer.partial / "a.distcp", 10)
+    writer.close()
     assert not CheckpointWriter(tmp_path / "it").has_part("a")
 
 
