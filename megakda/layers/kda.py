@@ -32,6 +32,7 @@ from megakda.layers.linear import (
     ReplicatedLinear,
     column_parallel,
     project_together,
+    projected_together,
     ready_weight,
     row_parallel,
 )
@@ -220,14 +221,17 @@ class KimiDeltaAttention(MegatronModule):
         self, hidden_states: torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """[s, b, h] -> q, k, v, decay and beta [S, b, ...], and the output gate if there is one."""
-        q, k, v, beta, *rest = project_together(hidden_states, self.joint_projections)
-        if self.linear.mixer == "kda":
-            decay, _ = self.f_b_proj(self.f_a_proj(hidden_states))
-        else:
-            (decay,) = rest
-        gate = None
-        if self.linear.output_gate != "none":
-            gate, _ = self.g_b_proj(self.g_a_proj(hidden_states))
+        low_rank = [self.f_a_proj] if self.linear.mixer == "kda" else []
+        low_rank += [self.g_a_proj] if self.linear.output_gate != "none" else []
+        joint = None
+        if self.tp_group.size() == 1:
+            joint = projected_together(hidden_states, [*self.joint_projections, *low_rank])
+        if joint is None:
+            joint = project_together(hidden_states, self.joint_projections)
+            joint += tuple(linear(hidden_states) for linear in low_rank)
+        q, k, v, beta, *rest = joint
+        decay = rest[0] if self.linear.mixer == "gdn" else self.f_b_proj(rest[0])[0]
+        gate = self.g_b_proj(rest[1])[0] if self.linear.output_gate != "none" else None
         return [q, k, v, decay, beta], gate
 
     @property

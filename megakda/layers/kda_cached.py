@@ -58,8 +58,10 @@ def mix_cached(
         [N, H*V] for the output projection; zero for padding.
     """
     v = projections[2]
-    out = torch.zeros_like(v)
     split, end = new.decoded, new.tokens
+    if split == len(v):
+        return _decode(projections, gate, weights, new, cache)
+    out = torch.zeros_like(v)
     for part, run in ((slice(0, split), _decode), (slice(split, end), _prefill)):
         if part.start < part.stop:
             inputs = [x[part] for x in projections]

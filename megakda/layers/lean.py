@@ -20,6 +20,8 @@ from megakda.layers.kda import KimiDeltaAttention
 from megakda.layers.linear import join_weights
 from megakda.layers.norm import RMSNorm
 
+_ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
 
 def make_lean(chunk: torch.nn.Module) -> None:
     """Prepares a chunk in eval mode for generation alone; in place.
@@ -35,7 +37,10 @@ def make_lean(chunk: torch.nn.Module) -> None:
         elif type(module) is MLP:
             module.__class__ = LeanMLP
         elif isinstance(module, KimiDeltaAttention):
-            join_weights(module.joint_projections)
+            low_rank = [module.f_a_proj] if module.linear.mixer == "kda" else []
+            low_rank += [module.g_a_proj] if module.linear.output_gate != "none" else []
+            alone = module.tp_group.size() == 1
+            join_weights([*module.joint_projections, *(low_rank if alone else [])])
         elif isinstance(module, MoELayer):
             experts = module.experts
             if experts.ep_group.size() == experts.tp_group.size() == module.tp_group.size() == 1:
@@ -64,11 +69,15 @@ class LeanLayer(TransformerLayer):
 
 
 class LeanRMSNorm(RMSNorm):
-    """torch's own: with autograd never on, it need not repeat its bits with it."""
+    """With autograd never on, it need not repeat its bits with it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
-        return y.to(x.dtype)
+        y = x.float()
+        if x.is_cuda:
+            return F.rms_norm(y, x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        # On a CPU torch's own takes longer than its parts.
+        scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * scale * self.weight).to(x.dtype)
 
 
 class LeanMLP(MLP):
@@ -99,7 +108,9 @@ class LeanMoELayer(MoELayer):
     def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         """[s, b, h] -> ([s, b, h], no bias)."""
         tokens = hidden.flatten(0, 1)
-        weights, chosen = self.router.choose(self.router.gating(tokens).sigmoid())
+        router, dtype = self.router, _ROUTER_DTYPES[self.config.moe_router_dtype]
+        logits = F.linear(tokens.to(dtype), router.weight.to(dtype))
+        weights, chosen = router.choose(logits.sigmoid())
         count, top_k = chosen.shape
         flat = chosen.flatten()
         order = flat.argsort(stable=True)

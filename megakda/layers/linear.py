@@ -105,8 +105,6 @@ def project_together(
     first = linears[0]
     sizes = [linear.output_size_per_partition for linear in linears]
     weight = None if torch.is_grad_enabled() else _joint_weight(linears)
-    if weight is not None and first.tp_group.size() == 1:
-        return F.linear(x, weight).split(sizes, dim=-1)
     joint = linear_with_grad_accumulation_and_async_allreduce(
         x,
         torch.cat([ready_weight(linear) for linear in linears]) if weight is None else weight,
@@ -119,7 +117,21 @@ def project_together(
     return joint.split(sizes, dim=-1)
 
 
-def join_weights(linears: Sequence[ColumnParallelLinear]) -> None:
+def projected_together(
+    x: torch.Tensor, linears: Sequence[ColumnParallelLinear | ReplicatedLinear]
+) -> tuple[torch.Tensor, ...] | None:
+    """The same for linears that `join_weights` has joined, on one rank and without autograd.
+
+    Returns:
+        None where that is not so.
+    """
+    weight = None if torch.is_grad_enabled() else _joint_weight(linears)
+    if weight is None:
+        return None
+    return F.linear(x, weight).split([len(linear.weight) for linear in linears], dim=-1)
+
+
+def join_weights(linears: Sequence[ColumnParallelLinear | ReplicatedLinear]) -> None:
     """Lays the weights of `project_together` side by side in memory, so that it need not copy them.
 
     For generation, where a step reads every weight once: the parameters become views of one tensor,
@@ -133,8 +145,10 @@ def join_weights(linears: Sequence[ColumnParallelLinear]) -> None:
     linears[0].joint_weight = joint
 
 
-def _joint_weight(linears: Sequence[ColumnParallelLinear]) -> torch.Tensor | None:
-    """The tensor that `join_weights` has made, if all weights still lie in it."""
+def _joint_weight(
+    linears: Sequence[ColumnParallelLinear | ReplicatedLinear],
+) -> torch.Tensor | None:
+    """The tensor that `join_weights` has made of these, if their weights still lie in it."""
     joint = getattr(linears[0], "joint_weight", None)
     if joint is None:
         return None
@@ -143,7 +157,8 @@ def _joint_weight(linears: Sequence[ColumnParallelLinear]) -> torch.Tensor | Non
         if linear.weight.data_ptr() != place:
             return None
         place += linear.weight.nbytes
-    return joint
+    rows = (place - joint.data_ptr()) // (joint.shape[1] * joint.element_size())
+    return joint[:rows]
 
 
 def ready_weight(module: torch.nn.Module) -> torch.Tensor:

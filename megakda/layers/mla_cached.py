@@ -41,9 +41,11 @@ def latent_attention_cached(
     Returns:
         [N, H, v] in the dtype of q; zero for padding.
     """
-    out = q.new_zeros(*q.shape[:2], heads.value)
     pool = cache.latents.flatten(0, 1)
     pool[new.places] = latent[: new.tokens]
+    if new.decoded == len(q):
+        return _absorbed(q, weight, heads, new, cache)
+    out = q.new_zeros(*q.shape[:2], heads.value)
     if new.decoded:
         out[: new.decoded] = _absorbed(q[: new.decoded], weight, heads, new, cache)
     for sequence, (start, end) in zip(new.prefilled, pairwise(new.bounds), strict=True):

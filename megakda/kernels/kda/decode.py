@@ -168,7 +168,7 @@ def _activate(inputs: _Inputs, switches: dict[str, Any], backend: str) -> _Input
     """Norm, gate and beta where asked for; q and k repeated for every value head."""
     q, k, v, g, beta = inputs
     if switches["use_qk_l2norm_in_kernel"]:
-        q, k = (l2_norm(x, backend=backend) for x in (q, k))
+        q, k = l2_norm(torch.stack((q, k)), backend=backend)
     if switches["use_gate_in_kernel"]:
         A_log, dt_bias, lower_bound = (switches[n] for n in ("A_log", "dt_bias", "lower_bound"))
         g = kda_gate(g, A_log, dt_bias, lower_bound, backend=backend)
