@@ -322,6 +322,21 @@ class _Pickled:
     stride: tuple[int, ...]
 
 
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ShortStorage": torch.int16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "BoolStorage": torch.bool,
+}
+"""torch's own names; its classes warn that they are deprecated as soon as they are looked at."""
+
+
 class _TensorUnpickler(pickle.Unpickler):
     """Reads what `torch.save` pickled of one tensor: everything but the numbers. Runs no code."""
 
@@ -330,8 +345,8 @@ class _TensorUnpickler(pickle.Unpickler):
             return self._tensor
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name).dtype
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
         raise pickle.UnpicklingError(f"{module}.{name} in the place of a plain tensor")
 
     def persistent_load(self, pid: Any) -> Any:

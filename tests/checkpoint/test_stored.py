@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 import zipfile
 from itertools import product
 
@@ -107,6 +108,19 @@ def test_what_torch_writes_is_read_also_if_it_is_not_in_rows(tmp_path):
         checkpoint.read("nothing")
     with pytest.raises(ValueError, match="rows 2:9 of half, which has 3"):
         checkpoint.read("half", 2, 9)
+
+
+KINDS = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"]
+
+
+def test_every_dtype_comes_back_without_a_warning(tmp_path):
+    tensors = {kind: numbers(3, dtype=getattr(torch, kind)) for kind in KINDS}
+    tensors["bool"] = torch.tensor([True, False])
+    checkpoint = written(tmp_path / "it", [tensors])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, tensor in tensors.items():
+            assert torch.equal(checkpoint.read(name), tensor), name
 
 
 def test_blocks_of_every_axis(tmp_path):
