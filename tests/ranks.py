@@ -7,6 +7,7 @@ module-level function that runs on every rank of a fresh world and returns somet
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import socket
@@ -114,7 +115,19 @@ def _serve(pipe: Connection) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody takes before it is listened on.
+
+    Not one that the system would hand out: in the meantime it might, to any connection. These lie
+    below, and each worker of pytest has its own, one after the other.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for _ in range(_PORTS):
+        port = 20_000 + worker % 10 * _PORTS + next(_ports) % _PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"none of worker {worker}'s {_PORTS} ports is free")
+
+
+_PORTS = 1000
+_ports = itertools.count(os.getpid() * 37)  # apart from those of another pytest
