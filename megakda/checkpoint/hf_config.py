@@ -267,9 +267,14 @@ def end_tokens(folder: Path) -> set[int]:
     Raises:
         CheckpointError: one of them cannot be read.
     """
+    configs = (load(folder), generation_config(folder))
+    return ids_in(*(config.get("eos_token_id") for config in configs))
+
+
+def ids_in(*values: Any) -> set[int]:
+    """The ids in settings that hold one, a list of them, or null."""
     found: set[int] = set()
-    for config in (load(folder), generation_config(folder)):
-        ids = config.get("eos_token_id")
+    for ids in values:
         found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
     return found
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from megakda.checkpoint import hf_config, hf_load, hf_tokenizer
 from megakda.checkpoint import manager as checkpoints
@@ -110,12 +108,9 @@ def _described(checkpoint: Path) -> _Description:
     """Architecture, precision, tokenizer and its fingerprint, of a megakda checkpoint."""
     manifest = checkpoints.read_manifest(checkpoint)
     try:
-        tree = OmegaConf.merge(OmegaConf.structured(ModelConfig), manifest["model"])
-        model = OmegaConf.to_object(tree)
-        assert isinstance(model, ModelConfig)
-        tokenizer = manifest["tokenizer"]
+        model, tokenizer = hf_config.model_of(manifest["model"]), manifest["tokenizer"]
         return model, manifest["precision"], tokenizer["spec"], tokenizer["fingerprint"]
-    except (KeyError, OmegaConfBaseException) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint / checkpoints.MANIFEST} does not describe a model of this version: "
             f"{error}"
@@ -131,11 +126,8 @@ def _described_hf(folder: Path) -> _Description:
 def _imported_ends(checkpoint: Path) -> set[int]:
     """End tokens that an imported checkpoint has from its Hugging Face folder."""
     said = checkpoints.read_manifest(checkpoint).get("huggingface") or {}
-    found: set[int] = set()
-    for section, key in (("special_ids", "eos"), ("generation_config", "eos_token_id")):
-        ids = (said.get(section) or {}).get(key)
-        found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    return found
+    sections = (("special_ids", "eos"), ("generation_config", "eos_token_id"))
+    return hf_config.ids_in(*((said.get(section) or {}).get(key) for section, key in sections))
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig, precision: str) -> None:

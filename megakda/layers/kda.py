@@ -221,8 +221,7 @@ class KimiDeltaAttention(MegatronModule):
         self, hidden_states: torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """[s, b, h] -> q, k, v, decay and beta [S, b, ...], and the output gate if there is one."""
-        low_rank = [self.f_a_proj] if self.linear.mixer == "kda" else []
-        low_rank += [self.g_a_proj] if self.linear.output_gate != "none" else []
+        low_rank = self.low_rank_projections
         joint = None
         if self.tp_group.size() == 1:
             joint = projected_together(hidden_states, [*self.joint_projections, *low_rank])
@@ -239,6 +238,12 @@ class KimiDeltaAttention(MegatronModule):
         """Of q, k, v, beta and Gated DeltaNet's decay, which are done in one matrix product."""
         projections = [self.q_proj, self.k_proj, self.v_proj, self.b_proj]
         return projections + ([self.a_proj] if self.linear.mixer == "gdn" else [])
+
+    @property
+    def low_rank_projections(self) -> list[ReplicatedLinear]:
+        """The first of KDA's decay and of the output gate."""
+        projections = [self.f_a_proj] if self.linear.mixer == "kda" else []
+        return projections + ([self.g_a_proj] if self.linear.output_gate != "none" else [])
 
     def _forward_cached(self, new: CachedTokens, hidden_states: torch.Tensor) -> torch.Tensor:
         """New tokens of cached sequences, [s, 1, h] -> [s, 1, h]."""

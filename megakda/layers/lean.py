@@ -37,10 +37,9 @@ def make_lean(chunk: torch.nn.Module) -> None:
         elif type(module) is MLP:
             module.__class__ = LeanMLP
         elif isinstance(module, KimiDeltaAttention):
-            low_rank = [module.f_a_proj] if module.linear.mixer == "kda" else []
-            low_rank += [module.g_a_proj] if module.linear.output_gate != "none" else []
             alone = module.tp_group.size() == 1
-            join_weights([*module.joint_projections, *(low_rank if alone else [])])
+            low_rank = module.low_rank_projections if alone else []
+            join_weights([*module.joint_projections, *low_rank])
         elif isinstance(module, MoELayer):
             experts = module.experts
             if experts.ep_group.size() == experts.tp_group.size() == module.tp_group.size() == 1:

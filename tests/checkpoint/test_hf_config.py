@@ -11,21 +11,9 @@ from megakda.checkpoint import hf_config
 from megakda.checkpoint.hf_import import dry_run
 from megakda.config import compose
 from megakda.errors import CheckpointError, ConfigError
-from tests.checkpoint.hf_jobs import TINY, edit, random_folder
+from tests.checkpoint.hf_jobs import TINY, edit
 
 CONFIG_48B = Path(__file__).with_name("kimi_linear_48b_config.json")
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hf") / "folder"
-    random_folder(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(pristine, tmp_path):
-    return Path(shutil.copytree(pristine, tmp_path / "folder"))
 
 
 def test_the_published_48b_config_is_the_recipe(tmp_path):

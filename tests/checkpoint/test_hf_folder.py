@@ -26,18 +26,6 @@ from tests.checkpoint.hf_jobs import TINY, edit, random_folder, tiktoken_instead
 ROOT = Path(megakda.__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hf") / "folder"
-    random_folder(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(pristine, tmp_path):
-    return Path(shutil.copytree(pristine, tmp_path / "folder"))
-
-
 def published(folder):
     return {n: t for f in sorted(folder.glob("*.safetensors")) for n, t in load_file(f).items()}
 
