@@ -21,6 +21,7 @@ RANKS = {
     # What everything may use, and what knows of nothing but itself.
     "megakda": 0,  # the version number
     "megakda.errors": 0,
+    "megakda.locks": 0,
     "megakda.kernels": 0,  # torch and triton alone, so that it can be lifted out
     "megakda.config": 1,
     "megakda.runtime": 2,

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megakda.config.schema import ModelConfig
 from megakda.errors import CheckpointError, ConfigError
+from megakda.locks import exclusive
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -216,33 +217,16 @@ def claimed(partial: Path) -> Iterator[None]:
         CheckpointError: another process is writing there.
         OSError: the file cannot be made.
     """
-    import fcntl
+    busy = CheckpointError(
+        f"{partial}: another process is writing there: wait for it, or choose another --out"
+    )
 
-    lock = lock_of(partial)
-    while True:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock, "ab") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(
-                    f"{partial}: another process is writing there: wait for it, or choose another "
-                    "--out"
-                ) from None
-            except OSError as error:  # a file system without locks
-                text = f"{partial} cannot be locked ({error}): start one command there at a time"
-                print(text, file=sys.stderr)
-            try:
-                ours = os.path.samestat(os.fstat(stream.fileno()), os.stat(lock))
-            except FileNotFoundError:
-                ours = False
-            if ours:  # else its last holder removed it in between, and a new one is needed
-                try:
-                    yield
-                finally:
-                    with suppress(OSError):
-                        lock.unlink()  # while it is held, so that nobody waits on it
-                return
+    def unlocked(error: OSError) -> None:
+        text = f"{partial} cannot be locked ({error}): start one command there at a time"
+        print(text, file=sys.stderr)
+
+    with exclusive(lock_of(partial), busy, unlocked):
+        yield
 
 
 def lock_of(partial: Path) -> Path:

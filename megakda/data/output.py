@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,11 +16,7 @@ import numpy as np
 
 from megakda.data.indexed import sidecar_bytes, write_index
 from megakda.errors import DataError
-
-try:
-    import fcntl
-except ImportError:  # not on every system; it only guards against two runs at the same time
-    fcntl = None  # type: ignore[assignment]
+from megakda.locks import exclusive
 
 _SUFFIXES = (".bin", ".json", ".idx")  # in the order in which they get their final names
 
@@ -118,34 +114,14 @@ def open_output(prefix: str, overwrite: bool) -> Iterator[Output]:
 
 @contextmanager
 def _lock(prefix: str) -> Iterator[None]:
-    """Holds PREFIX.lock. The system frees it if this process is killed."""
-    path = Path(prefix + ".lock")
-    while True:
+    """Holds PREFIX.lock."""
+    busy = OutputBusyError(
+        f"another process is writing {prefix}.bin: wait for it, or choose another --output-prefix"
+    )
+    with ExitStack() as stack:
         with _write_errors(prefix):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stream = path.open("ab")
-        with stream:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise OutputBusyError(
-                        f"another process is writing {prefix}.bin: wait for it, or choose another "
-                        "--output-prefix"
-                    ) from None
-                except OSError:
-                    pass  # a file system without locks
-            try:
-                ours = os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
-            except FileNotFoundError:
-                ours = False
-            if ours:  # else its last holder removed it in between, and a new one is needed
-                try:
-                    yield
-                finally:
-                    with suppress(OSError):
-                        os.unlink(path)  # while it is held, so that nobody waits on it
-                return
+            stack.enter_context(exclusive(Path(prefix + ".lock"), busy))
+        yield
 
 
 @contextmanager
