@@ -145,14 +145,28 @@ class DataConfig:
 
 
 @dataclass
+class MuonConfig:
+    """Of the matrices, where optim.name=muon; everything else gets AdamW."""
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    newton_schulz_steps: int = 5
+    update_rms: float = 0.2  # an update is scaled by update_rms * sqrt(max(rows, columns))
+    heads_per_matrix: int = 0  # cuts matrices with a row block per head into groups; 0: whole
+    dtype: str = _choice("auto", "fp32", "bf16")  # of Newton-Schulz; auto: bf16 on a GPU, else fp32
+
+
+@dataclass
 class OptimConfig:
-    name: str = _choice("adamw")
+    name: str = _choice("adamw", "muon")
     lr: float = 1e-3
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     clip_grad: float = 1.0
+    qk_clip: float | None = None  # tau: bound of MLA's attention logits, by QK-Clip; null: none
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
 
 @dataclass
