@@ -73,6 +73,34 @@ def _mixed_dtype_groups(module: ModuleType) -> dict[str, Any]:
     return {}
 
 
+def _momentum_only(module: ModuleType) -> dict[str, Any]:
+    # Saving and loading take for granted that every parameter has Adam's two moments. For one
+    # marked `momentum_only` a stand-in of zeros (without memory) goes through the gathering, and
+    # what comes out of it is neither written nor asked for.
+    optimizer = module.DistributedOptimizer
+    states_of = optimizer._get_main_param_and_optimizer_states
+    sharded = optimizer.sharded_param_state_fully_reshardable
+
+    def states(self: Any, model_param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        tensors = states_of(self, model_param)
+        if getattr(model_param, "momentum_only", False):
+            main = tensors["param"]
+            tensors["exp_avg_sq"] = main.new_zeros(()).expand_as(main)
+        return tensors
+
+    def sharded_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = sharded(self, *args, **kwargs)
+        params = [param for buffer in self.buffers for param in buffer.param_index_map]
+        for index, param in enumerate(params if found else ()):
+            if getattr(param, "momentum_only", False):
+                del found[index]["exp_avg_sq"]
+        return found
+
+    optimizer._get_main_param_and_optimizer_states = states
+    optimizer.sharded_param_state_fully_reshardable = sharded_state
+    return {}
+
+
 def patches(backend: str) -> Patches:
     """The patches for `runtime.backend`; with TransformerEngine its own FusedAdam stays."""
     table: Patches = {
@@ -81,6 +109,7 @@ def patches(backend: str) -> Patches:
         "tensor_parallel.mappings": _lost_reduction,
         "optimizer.distrib_optimizer": _mixed_dtype_groups,
     }
+    table = merge(table, {"optimizer.distrib_optimizer": _momentum_only})
     if backend == "torch":
         table = merge(
             table,

@@ -1,0 +1,290 @@
+"""Whole matrices from the shards of many ranks, orthogonalised once each, and back.
+
+Momentum stays where megatron-core's distributed optimizer has put it: a flat range of each local
+parameter per data-parallel rank. For Newton-Schulz the parts of a matrix travel to one of the ranks
+that hold it, its owner, and each holder gets its part of the result. Nothing travels of a matrix
+that a rank has whole, so that of data parallelism only the few matrices do that lie across a border
+of shards (all that is sharded more finely than by matrix). Owners are chosen so that the work is
+even, and no matrix is orthogonalised twice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+from megakda.optim.matrices import Block, Matrix
+from megakda.optim.newton_schulz import flops, orthogonalize
+
+BATCH_ELEMENTS = 1 << 26
+"""Of the matrices that are orthogonalised at once, to bound temporary memory."""
+
+IMBALANCE = 1.1
+"""Work of a rank over the mean at which a matrix goes to another holder than its largest."""
+
+
+class Held(NamedTuple):
+    """Elements [start, end) of a block, counted row by row, on some rank."""
+
+    block: Block
+    start: int
+    end: int
+
+
+class _Transfer(NamedTuple):
+    """Elements [start, end) of a block from one rank's held range to another's."""
+
+    source: int
+    source_index: int  # among what the source holds
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What one rank sends in one step."""
+
+    gathered: int
+    returned: int
+
+
+class MatrixExchange:
+    """The matrices of one group of ranks, and who orthogonalises which. Making it is collective.
+
+    Args:
+        held: what this rank holds; results come back in the same order. The same element may be
+            held by several ranks (replicas), with the same values on each.
+        group: the ranks that hold parts of these matrices: a pipeline stage's.
+        dtype: of Newton-Schulz, and of what travels.
+        steps: of Newton-Schulz.
+    """
+
+    def __init__(
+        self,
+        held: Sequence[Held],
+        group: torch.distributed.ProcessGroup,
+        dtype: torch.dtype,
+        steps: int,
+    ):
+        self.held, self.group, self.dtype, self.steps = list(held), group, dtype, steps
+        everyone: list[list[Held]] = [[] for _ in range(group.size())]
+        torch.distributed.all_gather_object(everyone, self.held, group=group)
+        self.rank = group.rank()
+        self.owners = choose_owners(everyone, steps)
+        self._plan(everyone)
+
+    def _plan(self, everyone: list[list[Held]]) -> None:
+        """Every rank makes the same plan and keeps its own part of it."""
+        holders: dict[Matrix, list[tuple[int, int]]] = defaultdict(list)  # (rank, index there)
+        for rank, theirs in enumerate(everyone):
+            for index, part in enumerate(theirs):
+                holders[part.block.matrix].append((rank, index))
+        # Matrices of one shape follow each other, to be orthogonalised together.
+        self.owned: list[Matrix] = []
+        self._sources: dict[Matrix, dict[Block, list[_Transfer]]] = {}
+        self._gathers: list[list[tuple[int, int, int]]] = [[] for _ in everyone]  # by destination
+        self._returns: list[list[tuple[Block, int, int]]] = [[] for _ in everyone]
+        self._arrivals: list[list[int]] = [[] for _ in everyone]  # results for held, by owner
+        for matrix in sorted(holders, key=lambda m: (m.rows, m.columns, m.name)):
+            owner = self.owners[matrix]
+            by_block: dict[Block, list[tuple[int, int]]] = defaultdict(list)
+            for rank, index in holders[matrix]:
+                by_block[everyone[rank][index].block].append((rank, index))
+            sources = {
+                block: list(_cover(block, parts, everyone, owner))
+                for block, parts in by_block.items()
+            }
+            for transfers in sources.values():
+                for transfer in transfers:
+                    if transfer.source == self.rank and owner != self.rank:
+                        entry = (transfer.source_index, transfer.start, transfer.end)
+                        self._gathers[owner].append(entry)
+            if owner == self.rank:
+                self.owned.append(matrix)
+                self._sources[matrix] = sources
+            for rank, index in holders[matrix]:
+                part = everyone[rank][index]
+                if owner == self.rank:
+                    self._returns[rank].append(part)
+                if rank == self.rank:
+                    self._arrivals[owner].append(index)
+
+    @property
+    def bytes(self) -> Bytes:
+        """What this rank sends to others in one step."""
+        width = torch.empty((), dtype=self.dtype).element_size()
+        others = [rank for rank in range(self.group.size()) if rank != self.rank]
+        return Bytes(
+            gathered=width * sum(e - s for rank in others for _, s, e in self._gathers[rank]),
+            returned=width * sum(e - s for rank in others for _, s, e in self._returns[rank]),
+        )
+
+    def orthogonalize(self, updates: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The held parts of U V^T of each matrix U S V^T. A collective call.
+
+        Args:
+            updates: one flat tensor per held range.
+
+        Returns:
+            Flat tensors of the same sizes, fp32.
+        """
+        received = self._gather(updates)
+        blocks: dict[Block, torch.Tensor] = {}
+        for shape, same in groupby(self.owned, key=lambda m: (m.rows, m.columns)):
+            for batch in _batches(list(same), shape):
+                self._orthogonalize(batch, updates, received, blocks)
+        return self._return(blocks)
+
+    def _gather(self, updates: Sequence[torch.Tensor]) -> list[Iterator[torch.Tensor]]:
+        """Per source, what it has sent, in the order in which `_orthogonalize` asks for it."""
+        outgoing = [
+            [
+                updates[index][start - self.held[index].start : end - self.held[index].start]
+                for index, start, end in entries
+            ]
+            for entries in self._gathers
+        ]
+        expected: list[list[int]] = [[] for _ in outgoing]
+        for matrix in self.owned:
+            for transfers in self._sources[matrix].values():
+                for transfer in transfers:
+                    if transfer.source != self.rank:
+                        expected[transfer.source].append(transfer.end - transfer.start)
+        return self._exchange(outgoing, expected)
+
+    def _orthogonalize(
+        self,
+        matrices: list[Matrix],
+        updates: Sequence[torch.Tensor],
+        received: list[Iterator[torch.Tensor]],
+        blocks: dict[Block, torch.Tensor],
+    ) -> None:
+        """Puts matrices of one shape together and their results, block by block, into `blocks`."""
+        joint = torch.empty(
+            len(matrices), matrices[0].rows, matrices[0].columns, dtype=self.dtype, device=_device()
+        )
+        for place, matrix in zip(joint, matrices, strict=True):
+            for block, transfers in self._sources[matrix].items():
+                flat = torch.empty(block.size, dtype=self.dtype, device=joint.device)
+                for source, index, start, end in transfers:
+                    if source == self.rank:
+                        first = self.held[index].start
+                        flat[start:end] = updates[index][start - first : end - first]
+                    else:
+                        flat[start:end] = next(received[source])
+                _part(place, block).copy_(flat.view(block.rows, block.columns))
+        for place, matrix in zip(orthogonalize(joint, self.steps), matrices, strict=True):
+            for block in self._sources[matrix]:
+                blocks[block] = _part(place, block).reshape(-1)
+
+    def _return(self, blocks: dict[Block, torch.Tensor]) -> list[torch.Tensor]:
+        outgoing = [
+            [blocks[block][start:end] for block, start, end in entries]
+            for rank, entries in enumerate(self._returns)
+        ]
+        mine = outgoing[self.rank]
+        outgoing[self.rank] = []
+        expected = [
+            [] if rank == self.rank else [self.held[i].end - self.held[i].start for i in indices]
+            for rank, indices in enumerate(self._arrivals)
+        ]
+        received = self._exchange(outgoing, expected)
+        received[self.rank] = iter(mine)
+        results: list[torch.Tensor] = [torch.empty(0)] * len(self.held)
+        for rank, indices in enumerate(self._arrivals):
+            for index in indices:
+                results[index] = next(received[rank]).float()
+        return results
+
+    def _exchange(
+        self,
+        outgoing: list[list[torch.Tensor]],
+        expected: list[list[int]],
+    ) -> list[Iterator[torch.Tensor]]:
+        """All-to-all of lists of flat tensors; `expected` are their sizes, by source."""
+        nothing = torch.empty(0, dtype=self.dtype, device=_device())
+        sent = torch.cat([nothing, *(x.to(self.dtype) for parts in outgoing for x in parts)])
+        sizes = [sum(part) for part in expected]
+        arrived = sent.new_empty(sum(sizes))
+        if self.group.size() > 1:
+            torch.distributed.all_to_all_single(
+                arrived,
+                sent,
+                output_split_sizes=sizes,
+                input_split_sizes=[sum(len(x) for x in parts) for parts in outgoing],
+                group=self.group,
+            )
+        return [
+            iter(part.split(lengths)) if lengths else iter(())
+            for part, lengths in zip(arrived.split(sizes), expected, strict=True)
+        ]
+
+
+def choose_owners(everyone: Sequence[Sequence[Held]], steps: int) -> dict[Matrix, int]:
+    """Which rank orthogonalises each matrix: one of its holders, the work spread evenly.
+
+    Largest matrices first, each to the holder of the largest part, unless that one would have more
+    than `IMBALANCE` of the mean and another holder less.
+    """
+    shares: dict[Matrix, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for rank, theirs in enumerate(everyone):
+        for part in theirs:
+            shares[part.block.matrix][rank] += part.end - part.start
+    cost = {matrix: flops(matrix.rows, matrix.columns, steps) for matrix in shares}
+    most = IMBALANCE * sum(cost.values()) / len(everyone)
+    work = [0.0] * len(everyone)
+    owners = {}
+    for matrix in sorted(shares, key=lambda m: (-cost[m], m.name)):
+        holders = shares[matrix]
+        owner = max(holders, key=lambda rank: (holders[rank], -work[rank], -rank))
+        if work[owner] + cost[matrix] > most:
+            owner = min(holders, key=lambda rank: (work[rank], -holders[rank], rank))
+        work[owner] += cost[matrix]
+        owners[matrix] = owner
+    return owners
+
+
+def _cover(
+    block: Block,
+    parts: Iterable[tuple[int, int]],
+    everyone: Sequence[Sequence[Held]],
+    owner: int,
+) -> Iterator[_Transfer]:
+    """Where each element of a block comes from; replicas add nothing, the owner's own is first."""
+    at = 0
+    parts = list(parts)
+    while at < block.size:
+        there = [
+            (rank, index)
+            for rank, index in parts
+            if everyone[rank][index].start <= at < everyone[rank][index].end
+        ]
+        assert there, f"element {at} of {block} is on no rank"
+        rank, index = min(
+            there, key=lambda part: (part[0] != owner, -everyone[part[0]][part[1]].end, part)
+        )
+        end = everyone[rank][index].end
+        if rank != owner:  # up to where the owner has it
+            mine = [everyone[r][i].start for r, i in parts if r == owner]
+            end = min([end, *(start for start in mine if start > at)])
+        yield _Transfer(rank, index, at, end)
+        at = end
+
+
+def _part(matrix: torch.Tensor, block: Block) -> torch.Tensor:
+    return matrix[block.row : block.row + block.rows, block.column : block.column + block.columns]
+
+
+def _batches(matrices: list[Matrix], shape: tuple[int, int]) -> Iterator[list[Matrix]]:
+    count = max(1, BATCH_ELEMENTS // (shape[0] * shape[1]))
+    for first in range(0, len(matrices), count):
+        yield matrices[first : first + count]
+
+
+def _device() -> torch.device:
+    return torch.device(torch.cuda.current_device())
