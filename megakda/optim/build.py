@@ -1,8 +1,11 @@
-"""The optimizer and its learning-rate schedule, both megatron-core's."""
+"""The optimizer: megatron-core's, around AdamW or Muon."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import (
     ChainedOptimizer,
     OptimizerConfig,
@@ -11,10 +14,14 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamPredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
-from megakda.config.schema import Config, OptimConfig, ScheduleConfig
+from megakda.config.pattern import layer_kinds
+from megakda.config.schema import Config
 from megakda.models.sharding import ModelChunk
+from megakda.optim.matrices import Assignment, assign
+from megakda.optim.muon import Muon
+from megakda.optim.shards import shards
 
 NO_DECAY = {
     # Norm weights, A_log and dt_bias: pulling a scale or a rate towards zero is not regularisation.
@@ -24,19 +31,22 @@ NO_DECAY = {
 }
 
 
-def build_optimizer(config: Config, chunks: list[ModelChunk]) -> ChainedOptimizer:
-    """AdamW over fp32 main parameters, sharded over data-parallel ranks where asked.
+def build_optimizer(
+    config: Config, chunks: list[ModelChunk], assignments: Sequence[Assignment]
+) -> ChainedOptimizer:
+    """AdamW or Muon over fp32 main parameters, sharded over data-parallel ranks where asked.
 
     Matrices, embeddings and convolution kernels decay; one-dimensional parameters do not.
 
     Args:
         chunks: model chunks wrapped in megatron-core's DistributedDataParallel.
+        assignments: of all their parameters, see `assign_parameters`.
     """
     optim, parallel = config.optim, config.parallel
     settings = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
-        min_lr=config.schedule.min_lr,
+        min_lr=0.0,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
@@ -47,7 +57,28 @@ def build_optimizer(config: Config, chunks: list[ModelChunk]) -> ChainedOptimize
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(settings, chunks, config_overrides=NO_DECAY)
+    optimizer = get_megatron_optimizer(settings, chunks, config_overrides=NO_DECAY)
+    if optim.name == "muon":
+        by_param = {assignment.param: assignment for assignment in assignments}
+        stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        for assignment in assignments:
+            assignment.param.momentum_only = bool(assignment.blocks)  # type: ignore[attr-defined]
+        for part in optimizer.chained_optimizers:
+            # megatron-core has set up the shards; the optimizer that updates them is ours.
+            part.optimizer = Muon(part.optimizer.param_groups, shards(part), by_param, optim, stage)
+    return optimizer
+
+
+def assign_parameters(config: Config, chunks: list[ModelChunk]) -> list[Assignment]:
+    """Which optimizer each parameter of this rank has; each is there once."""
+    model, optim = config.model, config.optim
+    return assign(
+        chunks,
+        layer_kinds(model.pattern, model.num_layers, model.last_layer_full),
+        muon=optim.name == "muon",
+        heads=model.num_heads,
+        heads_per_matrix=optim.muon.heads_per_matrix,
+    )
 
 
 def clip_gradients(optimizer: ChainedOptimizer, grad_norm: float, max_norm: float) -> None:
@@ -58,43 +89,3 @@ def clip_gradients(optimizer: ChainedOptimizer, grad_norm: float, max_norm: floa
         params = part.get_parameters()
         if params:
             clip_grad_by_total_norm_fp32(params, max_norm=max_norm, total_norm=grad_norm)
-
-
-class Schedule:
-    """Learning rate and weight decay as a function of the step alone: nothing to save.
-
-    Step 0 trains with the first warmed-up rate, 1/warmup_steps of the peak; the last step of the
-    decay trains one notch above `min_lr`.
-    """
-
-    def __init__(
-        self, optimizer: ChainedOptimizer, optim: OptimConfig, schedule: ScheduleConfig, steps: int
-    ):
-        styles = {"wsd": "WSD", "cosine": "cosine", "linear": "linear", "constant": "constant"}
-        style = styles[schedule.style]
-        if style == "WSD" and schedule.decay_steps == 0:
-            style = "constant"  # a WSD run that has not come to its decay
-        self._optimizer = optimizer
-        self._scheduler = OptimizerParamScheduler(
-            optimizer,
-            init_lr=0.0,
-            max_lr=optim.lr,
-            min_lr=schedule.min_lr,
-            lr_warmup_steps=schedule.warmup_steps,
-            lr_decay_steps=max(steps, schedule.warmup_steps) + 1,
-            lr_decay_style=style,
-            start_wd=optim.weight_decay,
-            end_wd=optim.weight_decay,
-            wd_incr_steps=steps,
-            wd_incr_style="constant",
-            wsd_decay_steps=schedule.decay_steps + 1,
-            lr_wsd_decay_style=schedule.decay_shape,
-        )
-
-    def set(self, step: int) -> float:
-        """Sets all parameter groups for 0-based `step`; returns the learning rate."""
-        self._scheduler.num_steps = step
-        self._scheduler.step(increment=1)
-        return next(
-            group["lr"] for group in self._optimizer.param_groups if group.get("default_config")
-        )

@@ -47,7 +47,7 @@ class QKClip:
             for module in chunk.modules()
             if isinstance(module, MultiLatentAttention) and self.tau is not None
         ]
-        self._found = torch.empty(0)
+        self._found = torch.empty(0)  # [layers here, heads here], the largest logits of a step
         for part in optimizer.chained_optimizers if self._layers else ():
             mine = [shard for shard in shards(part) if shard.param in self._weights()]
             if mine:
@@ -64,7 +64,9 @@ class QKClip:
         """Takes what the step's micro-batches have recorded. Collective over data and context."""
         if not self._layers:
             return
-        self._found = torch.stack([layer.max_logits for layer in self._layers])
+        recorded = [layer.max_logits for layer in self._layers]
+        assert all(found is not None for found in recorded), "begin_step was not called"
+        self._found = torch.stack(recorded)  # type: ignore[arg-type]
         torch.distributed.all_reduce(
             self._found,
             op=torch.distributed.ReduceOp.MAX,

@@ -172,3 +172,43 @@ def optimizer_bytes(overrides: Sequence[str], corpus: Any) -> dict[str, int]:
         "parameters": sum(c.received for c in calls if c.operation == "all_gather_into_tensor"),
         "matrices": sum(c.sent for c in calls if c.operation == "all_to_all_single"),
     }
+
+
+def clip(overrides: Sequence[str], corpus: Any, steps: int, still: bool = False) -> dict:
+    """Training with QK-Clip.
+
+    Args:
+        still: train on the same batch, with a learning rate at which nothing but the clip moves.
+
+    Returns:
+        largest logits of each step by layer and head (of this rank's layers and heads), metrics of
+        each step, weights at the end, and whether the model's weights are the fp32 ones, rounded.
+    """
+    from megakda.optim.shards import shards
+    from megakda.trainer import _sync_parameters
+
+    frozen = ["optim.lr=1e-30", "optim.weight_decay=0"] if still else []
+    with jobs.trainer([*MUON, *frozen, *overrides], corpus) as run:
+        batches = run._batches(run.datasets.train, 0)
+        logits, metrics = [], []
+        for _ in range(steps):
+            if still:
+                batches = run._batches(run.datasets.train, 0)
+            run.step(batches)
+            logits.append(run.qk_clip._found.clone())
+            metrics.append(run.qk_clip.metrics())
+        _sync_parameters(run.config, run.chunks, hooks=False)
+        weights = jobs.gather_global(run.chunks, lambda piece: piece.data)
+        return {
+            "logits": logits,
+            "metrics": metrics,
+            "weights": weights,
+            "agree": all(
+                torch.equal(
+                    shard.main.flatten().to(shard.param.dtype),
+                    shard.param.detach().flatten()[shard.start : shard.end],
+                )
+                for part in run.optimizer.chained_optimizers
+                for shard in shards(part)
+            ),
+        }

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megakda.config.schema import OptimConfig, ScheduleConfig
-from megakda.optim.build import Schedule
+from megakda.config import compose, validate
 from megakda.optim.finalize import GradFinalizer
+from megakda.optim.schedule import Schedule
 from tests import jobs
 
 STEPS = 10
@@ -19,16 +19,11 @@ STEPS = 10
 
 def rates(**settings: Any) -> list[float]:
     """The learning rate of each of ten steps with a peak of 1; checked in every group."""
-    groups = [
-        {"default_config": True, "max_lr": 1.0, "min_lr": settings.get("min_lr", 0.0)},
-        {"default_config": True, "wd_mult": 0.0},
-    ]
-    schedule = Schedule(
-        SimpleNamespace(param_groups=groups),
-        OptimConfig(lr=1.0, weight_decay=0.3),
-        ScheduleConfig(**settings),
-        STEPS,
-    )
+    groups: list[dict[str, Any]] = [{}, {"wd_mult": 0.0}]
+    said = [f"schedule.{key}={value}" for key, value in settings.items()]
+    config = compose(["schedule.warmup_steps=0", "optim.lr=1", f"train.steps={STEPS}", *said])
+    plan = validate(config, 1).plan
+    schedule = Schedule(SimpleNamespace(param_groups=groups), plan, weight_decay=0.3)
     found = []
     for step in range(STEPS):
         found.append(schedule.set(step))
