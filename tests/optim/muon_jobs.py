@@ -187,7 +187,8 @@ def clip(overrides: Sequence[str], corpus: Any, steps: int, still: bool = False)
     from megakda.optim.shards import shards
     from megakda.trainer import _sync_parameters
 
-    frozen = ["optim.lr=1e-30", "optim.weight_decay=0"] if still else []
+    frozen = ["optim.lr=1e-30", "optim.weight_decay=0", "model.moe.bias_update_rate=0"]
+    frozen = frozen if still else []
     with jobs.trainer([*MUON, *frozen, *overrides], corpus) as run:
         batches = run._batches(run.datasets.train, 0)
         logits, metrics = [], []
