@@ -16,6 +16,11 @@ Backends: "torch" is torch's own fused attention, on a CPU and on a GPU; "flash_
 that name, 2.7 or later, where it is installed; "reference" is dense and float64. No backend but the
 reference holds a tile's scores, so memory is linear in the sequence. The two that run on a GPU have
 been tested with stand-ins of the same signatures, not yet on a GPU.
+
+Fused attention keeps the largest logit of each head to itself. Where it is asked for, QK-Clip needs
+it (arXiv 2507.20534, section 2.1), the forward pass is one of our own that finds it on its way: on
+a GPU, for both backends, the Triton kernel of `tile_attention_triton`, on a CPU blocks of queries.
+The backward pass, which needs (out, lse) alone, stays the backend's.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from megakda.kernels.tile_engines import (
     BACKENDS,
     Batch,
     Engine,
+    Recorder,
     Rows,
     Tile,
     accumulator_dtype,
@@ -59,6 +65,7 @@ def attend_tiles(
     out: torch.Tensor,
     lse: torch.Tensor,
     backend: str | None = None,
+    max_logit: torch.Tensor | None = None,
 ) -> None:
     """Merges softmax(scale q k^T) v of each tile into (out, lse), in place.
 
@@ -75,15 +82,23 @@ def attend_tiles(
         out: [T, H, Dv], softmax(...) v over the keys so far; fp32, or float64 with q.
         lse: [T, H], log-sum-exp of the scores so far, natural logarithm; dtype of out.
         backend: "torch", "flash_attn" or "reference"; None for "torch".
+        max_logit: [H], raised in place to the largest score, scale q k^T, of each head's pairs that
+            the tiles let see each other; NaN where one is NaN. dtype of out. On a GPU it takes
+            Triton, and D and Dv of at most 256.
 
     Raises:
         ValueError: a shape or dtype that breaks the rules above, or a backend that cannot run.
     """
     engine = engine_for(backend, q)
-    _check(q, k, v, tiles, {"out": out, "lse": lse})
-    for batch in _batches(tiles, engine):
+    record = {} if max_logit is None else {"max_logit": max_logit}
+    _check(q, k, v, tiles, {"out": out, "lse": lse, **record})
+    forward = engine if max_logit is None else engine.recorder
+    for batch in _batches(tiles, forward):
         mine, theirs = _rows(batch.query_ranges, q.device), _rows(batch.key_ranges, q.device)
-        _merge(out, lse, mine, *engine.forward(batch, q[mine], k[theirs], v[theirs], scale))
+        part, part_lse, *largest = forward.forward(batch, q[mine], k[theirs], v[theirs], scale)
+        _merge(out, lse, mine, part, part_lse)
+        if max_logit is not None:
+            torch.maximum(max_logit, largest[0], out=max_logit)
 
 
 @torch.no_grad()
@@ -127,7 +142,7 @@ def attend_tiles_backward(
 # Tiles to batches: the tiles of one call of the fused attention.
 
 
-def _batches(tiles: Sequence[Tile], engine: Engine) -> list[Batch]:
+def _batches(tiles: Sequence[Tile], engine: Engine | Recorder) -> list[Batch]:
     batches: list[Batch] = []
     open_batches: dict[Hashable, Batch] = {}
     for tile in tiles:
@@ -196,6 +211,7 @@ def _check(
         "v": (keys, heads, value_size),
         "out": (tokens, heads, value_size),
         "lse": (tokens, heads),
+        "max_logit": (heads,),
         "dq": q.shape,
         "dk": k.shape,
         "dv": v.shape,

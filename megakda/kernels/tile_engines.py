@@ -3,7 +3,8 @@
 `tile_attention` cuts its work into batches of tiles and merges their results; an engine here
 computes one batch. None but the reference holds a tile's scores, so memory is linear in the
 sequence. Those that run on a GPU have been tested with stand-ins of the same signatures, not yet on
-a GPU.
+a GPU. Fused kernels do not say what the largest logit was: where that is asked for, an engine's
+recorder is the forward pass.
 """
 
 from __future__ import annotations
@@ -87,6 +88,17 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Of q, k and v."""
 
 
+class Recorder(NamedTuple):
+    """A forward pass that finds the largest logit of each head too; fields as in `Engine`.
+
+    forward: (batch, q, k, v, scale) -> out [R, H, Dv], lse [R, H], largest scaled logit [H].
+    """
+
+    kind: Callable[[Tile], Hashable]
+    most_tokens: float
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
 class Engine(NamedTuple):
     """One way to compute the attention of a batch whose rows lie one tile after another.
 
@@ -94,12 +106,14 @@ class Engine(NamedTuple):
     most_tokens: of the tiles that share a batch, together.
     forward: (batch, q [R, H, D], k [C, H, D], v [C, H, Dv], scale) -> out [R, H, Dv], lse [R, H].
     backward: (batch, rows, scale) -> dq, dk, dv, in shapes as above.
+    recorder: the forward pass while logits are recorded.
     """
 
     kind: Callable[[Tile], Hashable]
     most_tokens: float
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[[Batch, Rows, float], Gradients]
+    recorder: Recorder
 
 
 # The engines. Fused attention takes [n, L, H, D], or as views of that [n, H, L, D].
@@ -150,6 +164,37 @@ def _backward_cpu(batch: Batch, x: Rows, scale: float) -> Gradients:
         scale=scale,
     )
     return _unfit((t.transpose(1, 2).flatten(0, 1) for t in gradients), x)
+
+
+_BLOCK_SCORES = 2**20
+_BLOCK_QUERIES = 128
+
+
+def _record_cpu(
+    batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Some heads of some tiles, and some of their queries, at a time: 4 MiB of scores in fp32."""
+    dtype = accumulator_dtype(q)
+    q, k, v = (_stack(x.to(dtype), batch).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    matrices, queries, keys = len(q), q.shape[1], k.shape[1]  # q [n * H, L, D]
+    out, lse = q.new_empty(matrices, queries, v.shape[-1]), q.new_empty(matrices, queries)
+    largest = q.new_full((matrices,), -torch.inf)
+    some_rows = min(queries, _BLOCK_QUERIES, max(1, _BLOCK_SCORES // keys))
+    some = max(1, _BLOCK_SCORES // (some_rows * keys))
+    for m in range(0, matrices, some):
+        for row in range(0, queries, some_rows):
+            where = slice(m, m + some), slice(row, row + some_rows)
+            seen = slice(m, m + some), slice(0, row + some_rows if batch.causal else keys)
+            scores = (q[where] @ k[seen].mT).mul_(scale)
+            if batch.causal:
+                later = torch.ones_like(scores[0, :, row:], dtype=torch.bool).triu(1)
+                scores[..., row:].masked_fill_(later, -torch.inf)
+            block = scores.amax((1, 2))
+            largest[m : m + some] = torch.maximum(largest[m : m + some], block)
+            lse[where] = scores.logsumexp(-1)
+            out[where] = scores.softmax(-1) @ v[seen]
+    out, lse = (x.unflatten(0, (len(batch), -1)).transpose(1, 2).flatten(0, 1) for x in (out, lse))
+    return out, lse, largest.view(len(batch), -1).amax(0)
 
 
 _LSE_ALIGNMENT = 32
@@ -203,6 +248,23 @@ def _backward_gpu(batch: Batch, x: Rows, scale: float) -> Gradients:
         num_splits_key=1,  # more of them would add to dq in the order in which they come
     )
     return _unfit((t.flatten(0, 1) for t in gradients), x)
+
+
+def _record_gpu(
+    batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            "max_logit: recording it on a GPU needs the triton package (pip install "
+            "'triton>=3.6'); install it, or do not pass max_logit"
+        )
+    choose_backend("triton", q.device)
+    from megakda.kernels.tile_attention_triton import tile_attention_triton
+
+    lengths = tuple((tile.queries, tile.keys) for tile in batch)
+    q, k, v = (_fit(x, x.shape[-1], q.dtype) for x in (q, k, v))
+    out, lse, largest = tile_attention_triton(q, k, v, lengths, batch.causal, scale)
+    return out, lse, largest.amax(0)
 
 
 def _aligned(x: torch.Tensor) -> int:
@@ -290,9 +352,17 @@ def _flash_attn(q: torch.Tensor) -> Any:
 def _forward_reference(
     batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, _ = _record_reference(batch, q, k, v, scale)
+    return out, lse
+
+
+def _record_reference(
+    batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scores = _reference_scores(batch, q, k, scale)
     out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), _stack(v.double(), batch))
-    return out.flatten(0, 1), scores.logsumexp(-1).transpose(1, 2).flatten(0, 1)
+    lse = scores.logsumexp(-1).transpose(1, 2).flatten(0, 1)
+    return out.flatten(0, 1), lse, scores.amax((0, 2, 3))
 
 
 def _backward_reference(batch: Batch, x: Rows, scale: float) -> Gradients:
@@ -312,7 +382,8 @@ def _reference_scores(batch: Batch, q: torch.Tensor, k: torch.Tensor, scale: flo
     q, k = (_stack(x.double(), batch) for x in (q, k))
     scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
     if batch.causal:
-        scores += torch.full_like(scores[0, 0], -torch.inf).triu(1)
+        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
     return scores
 
 
@@ -320,12 +391,19 @@ def _shape(tile: Tile) -> Hashable:
     return tile.causal, tile.queries, tile.keys
 
 
+def _causal(tile: Tile) -> Hashable:
+    return tile.causal
+
+
 # Batching saves calls, and gathering rows costs copies. On a CPU short tiles alone gain: 500
 # documents of 32 tokens take a third of the time, while 1000 tokens gain nothing.
-_CPU = Engine(_shape, 2048, _forward_cpu, _backward_cpu)
-_GPU = Engine(_shape, 32768, _forward_gpu, _backward_gpu)
-_FLASH = Engine(lambda tile: tile.causal, math.inf, _forward_flash, _backward_flash)
-_REFERENCE = Engine(_shape, 1, _forward_reference, _backward_reference)
+_CPU = Engine(_shape, 2048, _forward_cpu, _backward_cpu, Recorder(_shape, 2048, _record_cpu))
+_RECORDER_GPU = Recorder(_causal, math.inf, _record_gpu)
+_GPU = Engine(_shape, 32768, _forward_gpu, _backward_gpu, _RECORDER_GPU)
+_FLASH = Engine(_causal, math.inf, _forward_flash, _backward_flash, _RECORDER_GPU)
+_REFERENCE = Engine(
+    _shape, 1, _forward_reference, _backward_reference, Recorder(_shape, 1, _record_reference)
+)
 
 
 def engine_for(backend: str | None, q: torch.Tensor) -> Engine:

@@ -51,6 +51,9 @@ class MultiLatentAttention(MegatronModule):
         pg_collection: process groups; `tp` is used.
         context: how sequences are shared by ranks.
         attention_backend: of packed and shared sequences, see `megakda.kernels.tile_attention`.
+
+    Attributes:
+        max_logits: None, or what `record_max_logits` records.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class MultiLatentAttention(MegatronModule):
         self.context, self.attention_backend = context, attention_backend
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
+        self.local_heads = num_heads // pg_collection.tp.size()
+        self.max_logits: torch.Tensor | None = None
         self.scale = (mla.qk_nope_head_dim + mla.qk_shared_head_dim) ** -0.5
         hidden = config.hidden_size
         qk_head_dim = mla.qk_nope_head_dim + mla.qk_shared_head_dim
@@ -123,7 +128,9 @@ class MultiLatentAttention(MegatronModule):
         if isinstance(packed_seq_params, CachedTokens):
             return self.o_proj(self._attend_cached(packed_seq_params, q, latent))
         documents = packed_seq_params
-        if documents is None and self.context.group is not None:
+        # Torch's attention over whole rows does not say what the largest logit was.
+        recording = self.max_logits is not None and self.training
+        if documents is None and (self.context.group is not None or recording):
             rows, tokens = q.shape[1], q.shape[0] * self.context.layout.ranks
             documents = Documents.whole_rows(rows, tokens)
         if self.rotary is not None:
@@ -203,9 +210,43 @@ class MultiLatentAttention(MegatronModule):
         tokens, rows = q.shape[:2]
         q, latent = (x.transpose(0, 1).flatten(0, 1) for x in (q, latent))
         out = latent_attention(
-            q, latent, weight, heads=self._heads, context=self.context, documents=documents
+            q,
+            latent,
+            weight,
+            heads=self._heads,
+            context=self.context,
+            documents=documents,
+            max_logit=self._max_logit(),
         )
         return out.unflatten(0, (rows, tokens)).transpose(0, 1).flatten(2)
+
+    def record_max_logits(self) -> None:
+        """Records the largest logit of each head from now on, and forgets those recorded so far.
+
+        `max_logits`, fp32 [heads of this rank], then holds the largest of all forward passes that
+        built a graph in training mode, recomputed ones too: over micro-batches, documents and keys
+        of other context-parallel ranks. What counts is what this rank's own queries saw, so that a
+        step's maximum is that over data- and context-parallel ranks. -inf where there was none yet;
+        NaN once a logit was NaN. Neither a parameter nor a buffer, so in no state dict; None stops
+        the recording. Attention runs in `megakda.kernels.tile_attention` meanwhile.
+        """
+        if self.max_logits is None:
+            device = self.kv_b_proj.weight.device
+            self.max_logits = torch.empty(self.local_heads, dtype=torch.float32, device=device)
+        self.max_logits.fill_(-torch.inf)
+
+    def _max_logit(self) -> torch.Tensor | None:
+        """Where this forward pass leaves its largest logits.
+
+        Recomputation runs the layer without a graph first, and then with one; only the latter
+        counts. The first takes the same operator all the same: another one would round otherwise,
+        and the second would not repeat it.
+        """
+        if self.max_logits is None or not self.training:
+            return None
+        if torch.is_grad_enabled():
+            return self.max_logits
+        return torch.full_like(self.max_logits, -torch.inf)
 
     @property
     def _heads(self) -> LatentHeads:

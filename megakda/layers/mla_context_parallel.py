@@ -66,6 +66,7 @@ def latent_attention(
     heads: LatentHeads,
     context: ContextParallel,
     documents: Documents,
+    max_logit: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention within documents, expanding keys and values from latents.
 
@@ -79,6 +80,8 @@ def latent_attention(
         heads: sizes.
         context: layout, group and way of exchange.
         documents: of the whole batch, the same on every rank.
+        max_logit: [H] in fp32, raised in place to the largest logit of this rank's queries, see
+            `attend_tiles`.
 
     Returns:
         [N, H, v] in the dtype of q.
@@ -86,7 +89,7 @@ def latent_attention(
     Raises:
         CommunicationError: another rank has died or does not answer.
     """
-    return _LatentAttention.apply(q, latent, weight, heads, context, documents)
+    return _LatentAttention.apply(q, latent, weight, heads, context, documents, max_logit)
 
 
 class _LatentAttention(torch.autograd.Function):
@@ -101,13 +104,14 @@ class _LatentAttention(torch.autograd.Function):
         heads: LatentHeads,
         context: ContextParallel,
         documents: Documents,
+        max_logit: torch.Tensor | None,
     ) -> torch.Tensor:
         out, lse = empty_attention(q, heads.value)
         for source, block in _blocks(latent.contiguous(), context):
             tiles = _tiles(context, documents, source)
             if tiles:
                 k, v = expand(block, weight, heads)
-                attend_tiles(q, k, v, tiles, heads.scale, out, lse, heads.backend)
+                attend_tiles(q, k, v, tiles, heads.scale, out, lse, heads.backend, max_logit)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, latent, weight, out, lse)
         ctx.constants = heads, context, documents
@@ -135,7 +139,7 @@ class _LatentAttention(torch.autograd.Function):
 
         dlatent = _block_gradients(latent, context, share)
         gradients = (dq.to(q.dtype), dlatent.to(latent.dtype), dweight.to(weight.dtype))
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 def expand(

@@ -242,7 +242,7 @@ def mla_inputs(rows: int, heads: int, tokens: int = TOKENS) -> tuple[Tensors, Te
     return shared, {"weight": randn(heads * (n + v), r) * r**-0.5}
 
 
-def mla_operator(documents: Any, context: Any) -> Any:
+def mla_operator(documents: Any, context: Any, max_logit: torch.Tensor | None = None) -> Any:
     from megakda.layers.mla_context_parallel import LatentHeads, latent_attention
 
     sizes = LatentHeads(**MLA_SIZES, scale=0.3)
@@ -250,7 +250,13 @@ def mla_operator(documents: Any, context: Any) -> Any:
     def run(own: Tensors, same: Tensors) -> Any:
         q, latent = (own[name].flatten(0, 1) for name in ("q", "latent"))
         o = latent_attention(
-            q, latent, same["weight"], heads=sizes, context=context, documents=documents
+            q,
+            latent,
+            same["weight"],
+            heads=sizes,
+            context=context,
+            documents=documents,
+            max_logit=max_logit,
         )
         return o.unflatten(0, own["q"].shape[:2]), None
 
@@ -264,8 +270,10 @@ def mla_shared(attention: str, kind: str, bounds: Sequence[int], heads: int) -> 
     with world():
         context = make_context("state", kind, attention=attention)
         tensors = mla_inputs(documents.rows, heads)
-        found = run_shared(mla_operator(documents, context), *tensors, context)
-        return found if context.rank == 0 else None
+        max_logit = torch.full((heads,), -torch.inf)
+        found = run_shared(mla_operator(documents, context, max_logit), *tensors, context)
+        torch.distributed.all_reduce(max_logit, torch.distributed.ReduceOp.MAX)
+        return found | {"max_logit": max_logit} if context.rank == 0 else None
 
 
 def any_operator(context: Any, is_mla: bool) -> tuple[Any, Tensors, Tensors]:

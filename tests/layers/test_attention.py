@@ -12,8 +12,10 @@ import torch
 from megakda.config import compose
 from megakda.config.schema import LinearAttentionConfig, MLAConfig
 from megakda.kernels.kda.reference import kda_recurrence
+from megakda.layers import mla as mla_module
 from megakda.layers.kda import KimiDeltaAttention
 from megakda.layers.mla import MultiLatentAttention
+from megakda.layers.mla_context_parallel import latent_attention
 from megakda.metrics.step_metrics import KdaTelemetry
 from megakda.models.kimi_linear import transformer_config
 from megakda.runtime.distributed import process_groups
@@ -98,7 +100,8 @@ def rotate(x: torch.Tensor, base: float) -> torch.Tensor:
     )
 
 
-def plain_mla(layer: MultiLatentAttention, x: torch.Tensor) -> torch.Tensor:
+def plain_mla(layer: MultiLatentAttention, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the largest logit of each head."""
     mla, w, x = layer.mla, weights(layer), x.double()
     tokens, batch, _ = x.shape
     n, p, v_dim = mla.qk_nope_head_dim, mla.qk_shared_head_dim, mla.v_head_dim
@@ -115,9 +118,10 @@ def plain_mla(layer: MultiLatentAttention, x: torch.Tensor) -> torch.Tensor:
     scores = scores + torch.einsum("qbhd,kbd->bhqk", q_shared, shared.squeeze(2))
     scores = scores * (n + p) ** -0.5
     later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    probs = scores.masked_fill(later, -math.inf).softmax(-1)
-    out = torch.einsum("bhqk,kbhd->qbhd", probs, kv[..., n:])
-    return out.reshape(tokens, batch, HEADS * v_dim) @ w["o_proj"].T
+    scores = scores.masked_fill(later, -math.inf)
+    out = torch.einsum("bhqk,kbhd->qbhd", scores.softmax(-1), kv[..., n:])
+    out = out.reshape(tokens, batch, HEADS * v_dim) @ w["o_proj"].T
+    return out, scores.amax((0, 2, 3))
 
 
 MLA_VARIANTS = {
@@ -132,7 +136,88 @@ def test_mla_is_the_formula(mla):
     layer = make(MultiLatentAttention, mla)
     out, bias = layer(inputs())
     assert bias is None
-    assert_close(out.detach(), plain_mla(layer, inputs()))
+    assert_close(out.detach(), plain_mla(layer, inputs())[0])
+
+
+def results(layer: MultiLatentAttention) -> list[torch.Tensor]:
+    """The output, and gradients of the input and of all parameters."""
+    x = inputs().requires_grad_()
+    out, _ = layer(x)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    layer.zero_grad()
+    (out * weights).sum().backward()
+    return [out.detach(), *(t.grad for t in (x, *layer.parameters()) if t.grad is not None)]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("variant", ["no_positions", "rope"])
+def test_mla_records_its_largest_logits(variant, recompute):
+    """Nothing else changes, and only training counts."""
+    overrides = ["parallel.recompute=selective"] if recompute else []
+    layer = make(MultiLatentAttention, MLA_VARIANTS[variant], *overrides)
+    assert layer.recompute_core == recompute
+    names = layer.state_dict().keys()
+    before = results(layer)
+    assert layer.max_logits is None
+
+    layer.record_max_logits()
+    assert layer.max_logits.dtype == torch.float32 and layer.max_logits.isneginf().all()
+    layer.eval()
+    validated = layer(inputs())[0]
+    layer.train()
+    with torch.no_grad():
+        layer(inputs())
+    assert layer.max_logits.isneginf().all()
+    assert_close(validated.detach(), before[0].double())
+
+    for _ in range(2):
+        for ours, theirs in zip(results(layer), before, strict=True):
+            assert_close(ours, theirs.double())
+    expected = plain_mla(layer, inputs())[1]
+    torch.testing.assert_close(layer.max_logits.double(), expected, rtol=1e-5, atol=0)
+    assert layer.state_dict().keys() == names
+
+    with torch.no_grad():
+        layer.q_proj.weight *= -0.1  # a smaller maximum leaves the larger one
+    smaller = plain_mla(layer, inputs())[1]
+    assert (smaller < expected).all()
+    results(layer)
+    torch.testing.assert_close(layer.max_logits.double(), expected, rtol=1e-5, atol=0)
+    layer.record_max_logits()
+    results(layer)
+    torch.testing.assert_close(layer.max_logits.double(), smaller, rtol=1e-5, atol=0)
+
+
+def test_mla_records_nan():
+    layer = make(MultiLatentAttention, MLA_VARIANTS["no_positions"])
+    with torch.no_grad():
+        layer.q_proj.weight[-1] = math.nan  # of the last head
+    layer.record_max_logits()
+    for _ in range(2):
+        layer(inputs())
+        assert layer.max_logits.isnan().tolist() == [False, False, True]
+        with torch.no_grad():
+            layer.q_proj.weight.nan_to_num_()
+
+
+def test_recording_and_recomputation_run_one_operator(monkeypatch):
+    """The pass without a graph rounds as the one with it, or gradients are of something else."""
+    calls = []
+
+    def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(kwargs["max_logit"])
+        return latent_attention(*args, **kwargs)
+
+    monkeypatch.setattr(mla_module, "latent_attention", attend)
+    mla = MLA_VARIANTS["no_positions"]
+    layer = make(MultiLatentAttention, mla, "parallel.recompute=selective")
+    results(layer)
+    assert not calls
+    layer.record_max_logits()
+    results(layer)
+    without_graph, with_graph = calls
+    assert with_graph is layer.max_logits and without_graph is not with_graph
+    assert torch.equal(without_graph, with_graph)
 
 
 def test_only_rope_knows_positions():

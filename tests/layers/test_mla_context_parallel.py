@@ -12,8 +12,8 @@ from tests.layers import context_jobs as jobs
 TOLERANCE = 1e-5
 
 
-def dense(documents, dtype=torch.float64):
-    """The formula, with a mask, in one matrix of scores."""
+def dense(documents, dtype=torch.float64, max_logit=None):
+    """The formula, with a mask, in one matrix of scores; `max_logit` [H] gets the largest."""
     r, n, p, v = jobs.MLA_SIZES.values()
     numbers = torch.zeros(documents.rows * documents.tokens, dtype=torch.long)
     for bound in documents.bounds[1:-1]:
@@ -27,6 +27,8 @@ def dense(documents, dtype=torch.float64):
         k = torch.cat([expanded[..., :n], shared], -1)
         scores = torch.einsum("ihd,jhd->hij", q, k) * 0.3
         scores = scores.masked_fill(~visible, -torch.inf)
+        if max_logit is not None:
+            max_logit.copy_(scores.detach().amax((1, 2)))
         o = torch.einsum("hij,jhd->ihd", scores.softmax(-1), expanded[..., n:])
         return o.unflatten(0, own["q"].shape[:2]).to(own["q"].dtype), None
 
@@ -48,8 +50,9 @@ def whole(bounds):
 def test_alone(documents):
     documents = whole(jobs.DOCUMENTS[documents])
     tensors = jobs.mla_inputs(documents.rows, 3)
-    found = jobs.run_alone(jobs.mla_operator(documents, ALONE), *tensors)
-    check(found, jobs.run_alone(dense(documents), *tensors))
+    expected = jobs.run_alone(dense(documents), *tensors)
+    for max_logit in (None, torch.full((3,), -torch.inf)):
+        check(jobs.run_alone(jobs.mla_operator(documents, ALONE, max_logit), *tensors), expected)
 
 
 @pytest.mark.parametrize("documents", jobs.DOCUMENTS)
@@ -59,5 +62,7 @@ def test_alone(documents):
 def test_against_one_rank(ranks, world, kind, attention, documents):
     bounds = jobs.DOCUMENTS[documents]
     found = ranks.run(world, jobs.mla_shared, attention, kind, bounds, 3)[0]
-    expected = jobs.run_alone(dense(whole(bounds)), *jobs.mla_inputs(whole(bounds).rows, 3))
-    check(found, expected)
+    max_logit = torch.zeros(3, dtype=torch.float64)
+    formula = dense(whole(bounds), max_logit=max_logit)
+    expected = jobs.run_alone(formula, *jobs.mla_inputs(whole(bounds).rows, 3))
+    check(found, expected | {"max_logit": max_logit})

@@ -20,11 +20,13 @@ from megakda.kernels.kda.op import chunk_kda
 from megakda.kernels.l2_norm import l2_norm
 from megakda.kernels.mla_decode import mla_decode
 from megakda.kernels.short_conv import short_conv, short_conv_step
+from megakda.kernels.tile_attention import Tile, attend_tiles, empty_attention
 from megakda.kernels.verify.budget import Case, Kernel
 
 TOKENS, HEADS, CHANNELS = 8192, 32, 128
 SEQUENCES = 64  # of a batch that is decoded
 LATENT, SHARED = 512, 64
+WIDTH = CHANNELS + SHARED  # of queries and keys, expanded
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> torch.Tensor:
@@ -159,10 +161,20 @@ def _mla_decode(sequences: int, queries: int) -> None:
         _meta(4096, 64, LATENT + SHARED),
         _meta(sequences, dtype=torch.int32),
         LATENT,
-        scale=192**-0.5,
+        scale=WIDTH**-0.5,
         block_table=_meta(sequences, 512, dtype=torch.int32),
         backend="triton",
     )
+
+
+def _tile_attention(dtype: torch.dtype) -> None:
+    """What a rank's queries see of themselves, and of a rank before: with max_logit, in Triton."""
+    q, k, v = (_meta(TOKENS, HEADS, x, dtype=dtype) for x in (WIDTH, WIDTH, CHANNELS))
+    max_logit = _meta(HEADS, dtype=torch.float32)
+    out, lse = empty_attention(q, CHANNELS)
+    for causal in (True, False):
+        tile = Tile(0, TOKENS, 0, TOKENS, causal)
+        attend_tiles(q, k, v, [tile], WIDTH**-0.5, out, lse, max_logit=max_logit)
 
 
 _KDA_FORWARD = (
@@ -243,4 +255,14 @@ CASES: list[Case] = [
     Case("kda_decode_fused", _kda_decode_fused, (Kernel("kda_decode_fused_kernel"),)),
     Case("mla_decode", lambda: _mla_decode(SEQUENCES, 1), _MLA_DECODE),
     Case("mla_decode_drafts", lambda: _mla_decode(SEQUENCES // 4, 4), _MLA_DECODE),
+    Case(
+        "tile_attention",
+        lambda: _tile_attention(torch.bfloat16),
+        (Kernel("tile_attention_kernel", dot=True),),
+    ),
+    Case(
+        "tile_attention_fp32",
+        lambda: _tile_attention(torch.float32),
+        (Kernel("tile_attention_kernel"),),
+    ),
 ]

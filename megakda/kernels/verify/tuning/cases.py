@@ -285,6 +285,25 @@ def _mla_decode(make: Maker, sequences: int, heads: int, tokens: int, paged: boo
 
 _RAGGED = (1300, 547, 2048, 963, 271, 3063)
 
+
+def _tile_attention(make: Maker, lengths: tuple[int, ...] = (1,)) -> Run:
+    """Documents whose lengths are as those given, or one."""
+    from megakda.kernels.tile_attention_triton import tile_attention_triton
+
+    heads, sizes = make.fewer(32), make.sizes
+    width = sizes.channels + sizes.shared
+    scaled = [sizes.tokens * n // sum(lengths) for n in lengths]
+    q, k = (make.randn(sum(scaled), heads, width) for _ in range(2))
+    v = make.randn(sum(scaled), heads, sizes.channels)
+    tiles = tuple((n, n) for n in scaled)
+
+    def run() -> Tensors:
+        results = tile_attention_triton(q, k, v, tiles, causal=True, scale=width**-0.5)
+        return dict(zip(("out", "lse", "max_logit"), results, strict=True))
+
+    return run
+
+
 CASES: dict[str, Callable[[Maker], Run]] = {
     "l2_norm": _l2_norm,
     "gated_norm": _gated_norm,
@@ -310,6 +329,8 @@ CASES: dict[str, Callable[[Maker], Run]] = {
     "mla_decode_h32_1_paged": lambda make: _mla_decode(make, 1, 32, make.sizes.long, True),
     "mla_decode_h32_64_paged": lambda make: _mla_decode(make, 64, 32, make.sizes.tokens, True),
     "mla_decode_h16_64_paged": lambda make: _mla_decode(make, 64, 16, make.sizes.tokens, True),
+    "tile_attention": _tile_attention,
+    "tile_attention_packed": lambda make: _tile_attention(make, _RAGGED),
 }
 """By name: makes the inputs, and returns a call that gives every result, gradients included."""
 

@@ -133,6 +133,12 @@ TARGETS = (
         {"BLOCK": (2048, 4096, 8192), "num_warps": (2, 4, 8)},
     ),
     Target(
+        "tile_attention",
+        {"BYTES": 2, "LARGE": 0},
+        ("tile_attention", "tile_attention_packed"),
+        {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    ),
+    Target(
         "short_conv_forward",
         {"W": 4},
         ("short_conv",),
