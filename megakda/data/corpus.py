@@ -7,11 +7,11 @@ import os
 import platform
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megakda.data.indexed import check_indexed, read_sidecar
-from megakda.data.preprocess import OutputBusyError, preprocess
+from megakda.data.indexed import check_answers, check_indexed, read_sidecar
+from megakda.data.preprocess import ChatInput, OutputBusyError, preprocess
 from megakda.data.tokenizer import load_tokenizer
 from megakda.errors import DataError
 
@@ -44,10 +44,34 @@ def prepare_stdlib(
             written.
     """
     prefix = Path(out_dir) / "stdlib"
-    extra: dict[str, object] = {"corpus": "stdlib", "max_bytes": max_bytes, "order": _SEED}
+    return prepare(prefix, tokenizer_spec, max_bytes, lambda: stdlib_sources(max_bytes))
+
+
+def prepare(
+    prefix: Path,
+    tokenizer_spec: str,
+    max_bytes: int | None,
+    sources: Callable[[], Sequence[Path]],
+    chat: ChatInput | None = None,
+) -> Path:
+    """Makes a data set out of this interpreter's standard library, unless it is there and whole.
+
+    Args:
+        prefix: of the data set; its last part says what it holds.
+        max_bytes: of source text, at most.
+        sources: makes or finds what is tokenized, always the same for the same arguments.
+        chat: as in `preprocess`.
+
+    Returns:
+        `prefix`.
+
+    Raises:
+        DataError: as `preprocess`, and what `sources` raises.
+    """
+    extra: dict[str, object] = {"corpus": prefix.name, "max_bytes": max_bytes, "order": _SEED}
     deadline = time.monotonic() + _WAIT
-    while not _complete(prefix, tokenizer_spec, extra):
-        files = _sources(max_bytes)
+    while not _complete(prefix, tokenizer_spec, extra, chat is not None):
+        files = sources()
         try:
             preprocess(
                 files,
@@ -57,6 +81,7 @@ def prepare_stdlib(
                 overwrite=True,
                 progress=False,
                 extra={**extra, "python": platform.python_version()},
+                chat=chat,
             )
         except OutputBusyError:
             if time.monotonic() > deadline:
@@ -65,10 +90,12 @@ def prepare_stdlib(
     return prefix
 
 
-def _complete(prefix: Path, tokenizer_spec: str, extra: dict[str, object]) -> bool:
+def _complete(prefix: Path, tokenizer_spec: str, extra: dict[str, object], answers: bool) -> bool:
     tokenizer = load_tokenizer(tokenizer_spec)
     try:
-        check_indexed(prefix, tokenizer, tokenizer.vocab_size)
+        info = check_indexed(prefix, tokenizer, tokenizer.vocab_size)
+        if answers:
+            check_answers(info)
         sidecar = read_sidecar(prefix)
     except DataError:
         return False
@@ -77,8 +104,18 @@ def _complete(prefix: Path, tokenizer_spec: str, extra: dict[str, object]) -> bo
     return all(made.get(key) == value for key, value in extra.items())
 
 
-def _sources(max_bytes: int | None) -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
+def stdlib_root() -> Path:
+    """The folder of this interpreter's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def stdlib_sources(max_bytes: int | None) -> list[Path]:
+    """The .py files of the standard library in an order of their names, `max_bytes` at most.
+
+    Raises:
+        DataError: there are none, or none is so small.
+    """
+    root = stdlib_root()
     names = sorted(
         _readable(root), key=lambda name: hashlib.sha256(f"{_SEED}:{name}".encode()).digest()
     )

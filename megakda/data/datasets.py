@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,17 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megakda.config.schema import Config
+from megakda.config import Config, derive
+from megakda.config.plan import Stream
+from megakda.config.schema import DataConfig
+from megakda.config.stages import read_stages
+from megakda.data.chat_corpus import prepare_stdlib_chat
 from megakda.data.corpus import prepare_stdlib
-from megakda.data.indexed import IndexedInfo, check_indexed
+from megakda.data.indexed import IndexedInfo, check_answers, check_indexed
 from megakda.data.packed_dataset import Batch, PackedDataset, PackedDatasetConfig, collate
 from megakda.data.tokenizer import Tokenizer, load_tokenizer
 from megakda.errors import ConfigError, DataError, MegakdaError
+from megakda.runtime.distributed import world_size
 
 
 @dataclass(frozen=True)
@@ -36,86 +41,110 @@ class Corpus:
     """Checked data sets and the tokenizer that made them."""
 
     tokenizer: Tokenizer
-    parts: tuple[IndexedInfo, ...]
+    parts: dict[str, IndexedInfo]  # by path
 
 
-def prepare_data(config: Config, scan: bool = True) -> Corpus:
+def prepare_data(
+    config: Config, scan: bool = True, streams: Iterable[Stream] | None = None
+) -> Corpus:
     """Loads the tokenizer, makes the data set where the recipe asks for it, and checks every file.
 
     Needs no process group; one rank calls it before the others start to wait for each other.
 
     Args:
         scan: also read the tokens of data sets that do not say what their largest id is.
+        streams: what the run still reads; None: the data of all stages.
 
     Raises:
         ConfigError: no data paths, or weights or a split that do not fit them.
-        DataError: files that are missing, torn, made with another tokenizer, or too few or too
-            short documents.
+        DataError: files that are missing, torn, made with another tokenizer, without the marks of
+            answers that data.loss asks for, or too few or too short documents.
     """
-    data = config.data
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if streams is None:
+        needed = [(stage.key("data"), stage.data) for stage in read_stages(config)]
+    else:
+        needed = [(stream.data_key, stream.data) for stream in streams]
+    parts: dict[str, IndexedInfo] = {}
+    for number, (key, data) in enumerate(needed):
+        if any(data == before for _, before in needed[:number]):
+            continue
+        _check_settings(key, data)
+        if data.prepare != "none":
+            _prepare(key, data)
+        for path in map(str, data.paths):
+            if path not in parts:
+                parts[path] = check_indexed(path, tokenizer, config.model.vocab_size, scan=scan)
+            _check_split(key, data, parts[path], config.train.eval_batches > 0)
+            if data.packing != "none":
+                _check_documents(key, data, parts[path], config.train.eval_batches > 0)
+            if data.loss == "answers":
+                check_answers(parts[path], key)
+    return Corpus(tokenizer, parts)
+
+
+def _check_settings(key: str, data: DataConfig) -> None:
     if not data.paths:
         raise ConfigError(
-            f"data.paths is empty (data={data.name}): list the prefixes that tools/"
-            "preprocess_data.py has written, as in data.paths=[corpus/a,corpus/b]"
+            f"{key}.paths is empty (data={data.name}): list the prefixes that tools/"
+            f"preprocess_data.py has written, as in {key}.paths=[corpus/a,corpus/b]"
         )
     if data.weights is not None and (
         len(data.weights) != len(data.paths)
         or not all(0 < weight < math.inf for weight in data.weights)
     ):
         raise ConfigError(
-            f"data.weights={list(data.weights)}: needs one positive number for each of the "
-            f"{len(data.paths)} data.paths; leave out paths that are not to be used"
+            f"{key}.weights={list(data.weights)}: needs one positive number for each of the "
+            f"{len(data.paths)} {key}.paths; leave out paths that are not to be used"
         )
-    tokenizer = load_tokenizer(data.tokenizer)
-    if data.prepare == "stdlib":
-        target = Path(data.paths[0])
-        if len(data.paths) != 1 or target.name != "stdlib":
-            raise ConfigError(
-                f"data.paths={list(data.paths)}: data.prepare=stdlib makes one data set named "
-                "stdlib, as in data.paths=[FOLDER/stdlib]"
-            )
-        if not target.with_name("stdlib.idx").exists():
-            prepare_stdlib(target.parent, data.tokenizer)
-    parts = [check_indexed(p, tokenizer, config.model.vocab_size, scan=scan) for p in data.paths]
-    for part in parts:
-        _check_split(list(data.split), part, config.train.eval_batches > 0)
-        if data.packing != "none":
-            _check_documents(config, part)
-    return Corpus(tokenizer, tuple(parts))
 
 
-def _check_split(shares: list[float], part: IndexedInfo, validates: bool) -> None:
+_PREPARES = {"stdlib": prepare_stdlib, "stdlib_chat": prepare_stdlib_chat}
+
+
+def _prepare(key: str, data: DataConfig) -> None:
+    name, target = data.prepare, Path(data.paths[0])
+    if len(data.paths) != 1 or target.name != name:
+        raise ConfigError(
+            f"{key}.paths={list(data.paths)}: {key}.prepare={name} makes one data set named "
+            f"{name}, as in {key}.paths=[FOLDER/{name}]"
+        )
+    if not target.with_name(f"{name}.idx").exists():
+        _PREPARES[name](target.parent, data.tokenizer)
+
+
+def _check_split(key: str, data: DataConfig, part: IndexedInfo, validates: bool) -> None:
     """Every split that has a share gets a document: megatron-core would search for one for ever."""
+    shares = list(data.split)
     if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or not shares[0]:
         raise ConfigError(
-            f"data.split={shares}: needs three shares (training, validation, test), the first "
-            "positive, as in data.split=[98,2,0]"
+            f"{key}.split={shares}: needs three shares (training, validation, test), the first "
+            f"positive, as in {key}.split=[98,2,0]"
         )
     if validates and shares[1] == 0:
         raise ConfigError(
-            f"data.split={shares} leaves nothing to validate on: give the second share more, "
+            f"{key}.split={shares} leaves nothing to validate on: give the second share more, "
             "or set train.eval_batches=0"
         )
     for name, first, last in _split_bounds(shares, part.sequences):
         if first >= last:
             raise DataError(
-                f"data.split={shares} leaves no {name} document of the {part.sequences} in "
+                f"{key}.split={shares} leaves no {name} document of the {part.sequences} in "
                 f"{part.prefix}: change the shares, or cut the corpus into more documents"
             )
 
 
-def _check_documents(config: Config, part: IndexedInfo) -> None:
+def _check_documents(key: str, data: DataConfig, part: IndexedInfo, validates: bool) -> None:
     """Every split that is used has a document that predicts something."""
-    data, validates = config.data, config.train.eval_batches > 0
     used = {"training", "validation"} if validates else {"training"}
     corpus = IndexedDataset(part.prefix)
     for name, first, last in _split_bounds(list(data.split), part.sequences):
         if name in used and corpus.sequence_lengths[first:last].max() < 2:
             raise DataError(
                 f"none of the {last - first} {name} documents of {part.prefix} has 2 tokens, and "
-                f"data.packing={data.packing} predicts tokens from others of the same document: "
+                f"{key}.packing={data.packing} predicts tokens from others of the same document: "
                 "make longer documents (tools/preprocess_data.py --document file), change "
-                "data.split, or set data.packing=none"
+                f"{key}.split, or set {key}.packing=none"
             )
 
 
@@ -136,32 +165,64 @@ def _split_text(shares: Iterable[float]) -> str:
 
 
 @dataclass(frozen=True)
-class Datasets:
+class StreamData:
     """`train` and `valid` sequences; `valid` is None where no validation was asked for."""
 
     train: Any
     valid: Any | None
 
 
-def build_datasets(config: Config, corpus: Corpus) -> Datasets:
-    """megatron-core's datasets over `data.paths`, index files cached on disk.
+@dataclass(frozen=True)
+class Datasets:
+    """What a run still reads, by the number of the stream in its plan."""
 
-    Sequences are cut from the stream of all documents, or are rows of packed documents where
-    `data.packing` says so. A collective call: rank 0 writes the index files, then the others read
-    them.
+    streams: dict[int, StreamData]
+
+    @property
+    def train(self) -> Any:
+        """Of the stream that is read first: the only one, unless stages change context or data."""
+        return next(iter(self.streams.values())).train
+
+    @property
+    def valid(self) -> Any | None:
+        """Of the same stream."""
+        return next(iter(self.streams.values())).valid
+
+
+def build_datasets(
+    config: Config, corpus: Corpus, streams: Mapping[int, Stream] | None = None
+) -> Datasets:
+    """megatron-core's datasets, one for each context and data that stages read.
+
+    A collective call: rank 0 writes the index files, then the others read them.
+
+    Args:
+        streams: what the run still reads; None: everything.
 
     Raises:
         DataError: the corpus cannot be cut into sequences of this length, or index files are
             damaged.
     """
-    data, train = config.data, config.train
+    if streams is None:
+        streams = derive(config, world_size()).plan.streams_from(0)
+    return Datasets({n: _build_stream(config, corpus, stream) for n, stream in streams.items()})
+
+
+def _build_stream(config: Config, corpus: Corpus, stream: Stream) -> StreamData:
+    """Datasets over the stream's paths, index files cached on disk.
+
+    Sequences are cut from the stream of all documents, or are rows of packed documents where
+    `data.packing` says so.
+    """
+    data, train = stream.data, config.train
     cache = Path(data.cache) if data.cache else Path(data.paths[0]).parent / "cache"
     weights: list[float] | None = None
     if len(data.paths) > 1:
-        weights = list(data.weights or [float(part.tokens) for part in corpus.parts])
+        tokens = [float(corpus.parts[str(path)].tokens) for path in data.paths]
+        weights = list(data.weights or tokens)
     shared: dict[str, Any] = dict(
         random_seed=train.seed,
-        sequence_length=train.context,
+        sequence_length=stream.context,
         blend=([str(path) for path in data.paths], weights),
         split=_split_text(data.split),
         path_to_cache=str(cache),
@@ -174,8 +235,10 @@ def build_datasets(config: Config, corpus: Corpus) -> Datasets:
     kind, settings = GPTDataset, GPTDatasetConfig(**shared)
     if data.packing != "none":
         kind = PackedDataset
-        settings = PackedDatasetConfig(**shared, packing=data.packing, overlong=data.overlong)
-    sizes = [train.steps * train.global_batch, train.eval_batches * train.global_batch, 0]
+        settings = PackedDatasetConfig(
+            **shared, packing=data.packing, overlong=data.overlong, loss=data.loss
+        )
+    sizes = [stream.sequences, train.eval_batches * stream.batch, 0]
     try:
         train_set, valid_set, _ = BlendedMegatronDatasetBuilder(
             kind, sizes, lambda: True, settings
@@ -183,13 +246,14 @@ def build_datasets(config: Config, corpus: Corpus) -> Datasets:
     except MegakdaError:
         raise
     except Exception as error:  # megatron-core raises bare exceptions here
+        key = stream.data_key
         raise DataError(
-            f"data.paths={list(data.paths)} cannot be cut into sequences of train.context="
-            f"{train.context} tokens with data.split={list(data.split)}: "
+            f"{key}.paths={list(data.paths)} cannot be cut into sequences of {stream.context_key}="
+            f"{stream.context} tokens with {key}.split={list(data.split)}: "
             f"{error or type(error).__name__}; use a larger corpus, a shorter context or another "
             f"split, or delete {cache} if a killed run has left broken index files there"
         ) from error
-    return Datasets(train_set, valid_set if sizes[1] else None)
+    return StreamData(train_set, valid_set if sizes[1] else None)
 
 
 class _Positions(torch.utils.data.Sampler[list[int]]):
@@ -237,10 +301,11 @@ def micro_batches(
 
     Yields:
         tokens, labels, position_ids [micro_batch, context] int64 and loss_mask of the same shape,
-        float, 0 where a label is padding. Of packed documents besides: padding_mask of the same
-        shape, bool, True at padding, and cu_seqlens [documents + 1] int32, on the CPU, the bounds
-        of documents in the flattened stream of micro_batch * context positions. Every row ends
-        one, and the padding of a row is one of its own.
+        float, 0 where a label is padding or, with data.loss=answers, is not part of an answer. Of
+        packed documents besides: padding_mask of the same shape, bool, True at padding, and
+        cu_seqlens [documents + 1] int32, on the CPU, the bounds of documents in the flattened
+        stream of micro_batch * context positions. Every row ends one, and the padding of a row is
+        one of its own.
     """
     loader = torch.utils.data.DataLoader(
         _Wrapped(dataset),

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from megakda.data.chat import BadChat, ChatFormat, encode_chat
+from megakda.data.chat_template import ChatTemplate
 from megakda.data.indexed import token_dtype
 from megakda.data.readers import Bad, Block, utf8_reason
 from megakda.data.tokenizer import Tokenizer, first_line, load_tokenizer, some
@@ -43,13 +45,28 @@ class Job:
     tokenizer: str
     text_key: str
     append_eod: bool
+    chat: ChatFormat | None = None  # of conversations, in the place of texts
+
+
+@dataclass(frozen=True)
+class Document:
+    """An item in tokens, without its end; of a conversation also which are answers."""
+
+    ids: np.ndarray
+    size: int = 0  # of its text in UTF-8
+    answers: np.ndarray | None = None  # [tokens] uint8
+    cut_tokens: int = 0  # on the edge of an answer
 
 
 @dataclass
 class Encoded:
-    """What has become of a block. `broken` names the first `MAX_LISTED` of `broken_count`."""
+    """What has become of a block. `broken` names the first `MAX_LISTED` of `broken_count`.
+
+    `answers` has a byte per token, 1 for those of answers; empty where there are no conversations.
+    """
 
     tokens: bytes
+    answers: bytes
     lengths: np.ndarray
     max_id: int
     text_bytes: int
@@ -57,39 +74,65 @@ class Encoded:
     broken_count: int
     broken: list[BrokenRecord]
     input_bytes: int
+    cut_tokens: int
 
 
 # --- one block ------------------------------------------------------------------------------------
 
 
-def _encode_block(block: Block, job: Job, tokenizer: Tokenizer) -> Encoded:
+Reader = Callable[[Block, int], Document | Bad]
+"""Makes a document of an item of a block; one without tokens of a blank item."""
+
+
+def reader(job: Job, tokenizer: Tokenizer) -> Reader:
+    """What a process encodes items with."""
+    chat = job.chat
+    if chat is None:
+        return lambda block, i: _text_document(_text(block, i, job.text_key), tokenizer)
+    template = ChatTemplate(tokenizer, chat.source, chat.name)
+
+    def read(block: Block, i: int) -> Document | Bad:
+        return _chat_document(_conversation(block, i, chat), chat, template, tokenizer)
+
+    return read
+
+
+def _encode_block(block: Block, job: Job, tokenizer: Tokenizer, read: Reader) -> Encoded:
     dtype = token_dtype(tokenizer.vocab_size)
     end = [tokenizer.eod] if job.append_eod else []
     end_bytes = np.array(end, dtype=dtype).tobytes()
-    out = bytearray()
+    out, answers = bytearray(), bytearray()
     lengths: list[int] = []
     broken: list[BrokenRecord] = []
-    broken_count = empty = text_bytes = 0
+    broken_count = empty = text_bytes = cut_tokens = 0
     max_id = -1
     for i in range(len(block.items)):
-        text = _text(block, i, job.text_key)
-        encoded = text if isinstance(text, Bad) else _ids(text, tokenizer)
-        if isinstance(encoded, Bad):
+        document = read(block, i)
+        if isinstance(document, Bad):
             broken_count += 1
             if len(broken) < MAX_LISTED:
-                broken.append(_record(block, i, encoded))
+                broken.append(_record(block, i, document))
             continue
-        ids, size = encoded
+        ids = document.ids
         if len(ids) == 0:
             empty += 1
             continue
         max_id = max(max_id, int(ids.max()), *end)
         out += ids.astype(dtype, copy=False).tobytes()
-        out += end_bytes
-        lengths.append(len(ids) + len(end))
-        text_bytes += size
+        added = end_bytes
+        if document.answers is not None:
+            answers += document.answers.tobytes()
+            if end and ids[-1] == end[0]:
+                added = b""  # the template has ended it
+            elif end:  # it is the end of the answer that it follows
+                answers.append(document.answers[-1])
+        out += added
+        lengths.append(len(ids) + len(added) // dtype.itemsize)
+        text_bytes += document.size
+        cut_tokens += document.cut_tokens
     return Encoded(
         tokens=bytes(out),
+        answers=bytes(answers),
         lengths=np.array(lengths, dtype=np.int32),
         max_id=max_id,
         text_bytes=text_bytes,
@@ -97,6 +140,7 @@ def _encode_block(block: Block, job: Job, tokenizer: Tokenizer) -> Encoded:
         broken_count=broken_count,
         broken=broken,
         input_bytes=block.input_bytes,
+        cut_tokens=cut_tokens,
     )
 
 
@@ -112,18 +156,41 @@ def _text(block: Block, i: int, key: str) -> str | Bad:
         return item
     if block.kind == "rows":
         return _no_text("column", key, item)
+    text = _decoded(block, i)
+    if isinstance(text, str) and block.kind == "jsonl" and text.strip():
+        record = _json_record(text, key, "--text-key")
+        if isinstance(record, Bad):
+            return record
+        return record[key] if isinstance(record[key], str) else _no_text("key", key, record[key])
+    return text.rstrip("\r\n") if isinstance(text, str) and block.kind == "lines" else text
+
+
+def _conversation(block: Block, i: int, chat: ChatFormat) -> dict[str, Any] | Bad:
+    """The record of a conversation; an empty one of a blank line."""
+    item = block.items[i]
+    if isinstance(item, Bad):
+        return item
+    if block.kind == "rows":
+        return {chat.messages_key: item}
+    text = _decoded(block, i)
+    if isinstance(text, Bad):
+        return text
+    return _json_record(text, chat.messages_key, "--messages-key") if text.strip() else {}
+
+
+def _decoded(block: Block, i: int) -> str | Bad:
+    item = block.items[i]
     try:
         text = item.decode("utf-8")
     except UnicodeDecodeError as e:
         return Bad(utf8_reason(e), item.count(b"\n", 0, e.start))
     if block.kind == "files" or block.first + i == 1:
         text = text.removeprefix("\ufeff")  # a byte order mark is not part of the text
-    if block.kind == "jsonl" and text.strip():
-        return _json_text(text, key)
-    return text.rstrip("\r\n") if block.kind == "lines" else text
+    return text
 
 
-def _json_text(line: str, key: str) -> str | Bad:
+def _json_record(line: str, key: str, option: str) -> dict[str, Any] | Bad:
+    """The object of a line, which has `key`."""
     try:
         record = json.loads(line)
     except RecursionError:
@@ -133,9 +200,8 @@ def _json_text(line: str, key: str) -> str | Bad:
     if not isinstance(record, dict):
         return Bad(f"the line is a JSON {type(record).__name__}, not an object")
     if key not in record:
-        return Bad(f"no key {key!r} (keys: {some(list(record))}); see --text-key")
-    text = record[key]
-    return text if isinstance(text, str) else _no_text("key", key, text)
+        return Bad(f"no key {key!r} (keys: {some(list(record))}); see {option}")
+    return record
 
 
 def _no_text(what: str, key: str, value: Any) -> Bad:
@@ -143,15 +209,37 @@ def _no_text(what: str, key: str, value: Any) -> Bad:
     return Bad(f"{what} {key!r} holds {held}, not text")
 
 
-def _ids(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int] | Bad:
-    """The tokens of a text, none for a blank one, and its size in UTF-8."""
-    if not text.strip():
-        return np.array([], dtype=np.int32), 0
+_NOTHING = Document(np.array([], dtype=np.int32))
+
+
+def _text_document(text: str | Bad, tokenizer: Tokenizer) -> Document | Bad:
+    if isinstance(text, Bad) or not text.strip():
+        return text if isinstance(text, Bad) else _NOTHING
+    return _tokenized(
+        lambda: Document(size=len(text.encode("utf-8")), ids=tokenizer.encode_array(text))
+    )
+
+
+def _chat_document(
+    record: dict[str, Any] | Bad, chat: ChatFormat, template: ChatTemplate, tokenizer: Tokenizer
+) -> Document | Bad:
+    if isinstance(record, Bad) or not record:
+        return record if isinstance(record, Bad) else _NOTHING
+
+    def encoded() -> Document:
+        found = encode_chat(record, chat, template, tokenizer)
+        return Document(found.ids, found.size, found.answers, found.cut_tokens)
+
+    return _tokenized(encoded)
+
+
+def _tokenized(encoded: Callable[[], Document]) -> Document | Bad:
     try:
-        size = len(text.encode("utf-8"))
-        return tokenizer.encode_array(text), size
+        return encoded()
     except UnicodeEncodeError:
         return Bad("invalid Unicode (half of a surrogate pair)")
+    except BadChat as e:
+        return Bad(str(e))
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as e:  # a panic of a Rust tokenizer is no Exception
@@ -161,7 +249,7 @@ def _ids(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int] | Bad:
 # --- processes ------------------------------------------------------------------------------------
 
 
-_worker: tuple[Job, Tokenizer] | None = None
+_worker: tuple[Job, Tokenizer, Reader] | None = None
 
 
 def _start_worker(job: Job) -> None:
@@ -175,7 +263,8 @@ def _start_worker(job: Job) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
-    _worker = (job, load_tokenizer(job.tokenizer))
+    tokenizer = load_tokenizer(job.tokenizer)
+    _worker = (job, tokenizer, reader(job, tokenizer))
 
 
 def _work(block: Block) -> Encoded:
@@ -198,8 +287,9 @@ def encode(
         DataError: a worker process died.
     """
     if workers == 1:
+        read = reader(job, tokenizer)
         for block in blocks:
-            yield _encode_block(block, job, tokenizer)
+            yield _encode_block(block, job, tokenizer, read)
         return
     # Spawn: forking a process that holds threads (torch, tokenizers) can deadlock. An executor
     # rather than a Pool, because a Pool waits for ever for the result of a worker that was killed.

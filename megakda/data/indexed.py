@@ -54,6 +54,14 @@ class IndexedInfo:
     bin_bytes_expected: int
 
 
+def answers_prefix(prefix: str | Path) -> str:
+    """Prefix of the .bin and .idx that say which tokens of a data set are answers.
+
+    They are of the same documents, with a uint8 per token: 1 for those of answers.
+    """
+    return f"{prefix}.answers"
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """The type that ids of a vocabulary are stored in: uint16 below 65500, else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
@@ -222,6 +230,42 @@ def check_indexed(
     return info
 
 
+def check_answers(info: IndexedInfo, key: str = "data") -> None:
+    """Checks that the answers of a data set are marked, and that the marks are of these documents.
+
+    Args:
+        info: of the data set, checked.
+        key: of the settings that ask for it.
+
+    Raises:
+        DataError: marks are missing, cut short, or of other documents.
+    """
+    prefix = answers_prefix(info.prefix)
+    absent = [prefix + s for s in (".bin", ".idx") if not Path(prefix + s).is_file()]
+    if absent:
+        raise DataError(
+            f"data set {info.prefix!r} does not say which tokens are answers (no "
+            f"{' and '.join(absent)}): make it from conversations with tools/preprocess_data.py "
+            f"--chat, or set {key}.loss=all"
+        )
+    marks = read_index(prefix)
+    actual = os.path.getsize(prefix + ".bin")
+    same = marks.sequences == info.sequences and _lengths(marks) == _lengths(info)
+    if marks.dtype != np.uint8 or not same or actual != marks.bin_bytes_expected:
+        raise DataError(
+            f"{prefix}.bin and .idx ({actual} bytes of {marks.dtype} for {marks.sequences} "
+            f"documents) do not mark the {info.tokens} tokens of the {info.sequences} documents of "
+            f"{info.prefix!r}: copy both pairs of files again, or make the data set again with "
+            "tools/preprocess_data.py --chat --overwrite"
+        )
+
+
+def _lengths(info: IndexedInfo) -> bytes:
+    with open(info.prefix + ".idx", "rb") as f:
+        f.seek(_HEADER.size)
+        return f.read(4 * info.sequences)
+
+
 def unigram_entropy(
     prefix: str | Path, tokens_from: int = 0, tokens_to: int | None = None
 ) -> float:
@@ -310,7 +354,8 @@ def _missing(prefix: str, absent: list[str], error: OSError | None = None) -> Da
     folder = path.parent
     if not folder.is_dir():
         return DataError(f"data set {prefix!r}: the folder {folder} does not exist: {fix}")
-    sets = sorted(str(p.with_suffix("")) for p in folder.glob("*.idx"))
+    found = (str(p.with_suffix("")) for p in folder.glob("*.idx"))
+    sets = sorted(p for p in found if not p.endswith(answers_prefix("")))
     if sets:
         near = f"data sets there: {some(sets)}"
     else:

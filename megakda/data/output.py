@@ -1,5 +1,7 @@
 """PREFIX.bin, .json and .idx: written by one process at a time, and never seen half done.
 
+Of conversations also PREFIX.answers.bin and .idx.
+
 Nothing appears under the final names before everything is on disk, and the .idx comes last: where
 there is an .idx, the data set is whole.
 """
@@ -14,11 +16,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megakda.data.indexed import sidecar_bytes, write_index
+from megakda.data.indexed import answers_prefix, sidecar_bytes, write_index
 from megakda.errors import DataError
 from megakda.locks import exclusive
 
-_SUFFIXES = (".bin", ".json", ".idx")  # in the order in which they get their final names
+_ANSWERS = tuple(answers_prefix("") + suffix for suffix in (".bin", ".idx"))
+_SUFFIXES = (".bin", *_ANSWERS, ".json", ".idx")  # in the order in which they get their final names
 
 
 class OutputBusyError(DataError):
@@ -46,14 +49,17 @@ def check_output(prefix: str, overwrite: bool) -> None:
 class Output:
     """An output that is being written. `open_output` makes it."""
 
-    def __init__(self, prefix: str, stream: BinaryIO) -> None:
+    def __init__(self, prefix: str, stream: BinaryIO, answers: BinaryIO | None) -> None:
         self._prefix = prefix
         self._stream = stream
+        self._answers = answers
 
-    def write(self, tokens: bytes) -> None:
-        """Appends to the .bin."""
+    def write(self, tokens: bytes, answers: bytes = b"") -> None:
+        """Appends to the .bin, and to the .answers.bin, which has a byte per token."""
         with _write_errors(self._prefix):
             self._stream.write(tokens)
+            if self._answers is not None:
+                self._answers.write(answers)
 
     def publish(self, lengths: np.ndarray, dtype: np.dtype, sidecar: dict[str, Any]) -> None:
         """Gives what was written its final names.
@@ -64,8 +70,14 @@ class Output:
             sidecar: contents of the .json.
         """
         prefix = self._prefix
+        suffixes = [s for s in _SUFFIXES if self._answers is not None or s not in _ANSWERS]
         with _write_errors(prefix):
             _sync(self._stream)
+            if self._answers is not None:
+                _sync(self._answers)
+                with open(answers_prefix(prefix) + ".idx.partial", "wb") as f:
+                    write_index(f, lengths, np.dtype("uint8"))
+                    _sync(f)
             with open(prefix + ".json.partial", "wb") as f:
                 f.write(sidecar_bytes(sidecar))
                 _sync(f)
@@ -73,12 +85,12 @@ class Output:
                 write_index(f, lengths, dtype)
                 _sync(f)
             # From here on an older .idx must not be found beside a newer .bin.
-            for suffix in (".idx", ".json"):
+            for suffix in (".idx", ".json", *_ANSWERS):
                 with suppress(FileNotFoundError):
                     os.unlink(prefix + suffix)
             done: list[str] = []
             try:
-                for suffix in _SUFFIXES:
+                for suffix in suffixes:
                     os.replace(prefix + suffix + ".partial", prefix + suffix)
                     done.append(prefix + suffix)
             except OSError:
@@ -90,8 +102,11 @@ class Output:
 
 
 @contextmanager
-def open_output(prefix: str, overwrite: bool) -> Iterator[Output]:
+def open_output(prefix: str, overwrite: bool, answers: bool = False) -> Iterator[Output]:
     """Opens PREFIX.bin.partial for one process alone; removes what is left of it at the end.
+
+    Args:
+        answers: also PREFIX.answers.bin.partial.
 
     Raises:
         OutputBusyError: another process has it open.
@@ -100,13 +115,17 @@ def open_output(prefix: str, overwrite: bool) -> Iterator[Output]:
     """
     with _lock(prefix):
         check_output(prefix, overwrite)  # again: another run may just have finished
-        with _write_errors(prefix):
-            stream = open(prefix + ".bin.partial", "wb", buffering=1 << 20)  # noqa: SIM115
+        streams: list[BinaryIO] = []
         try:
-            yield Output(prefix, stream)
+            with _write_errors(prefix):
+                for name in (prefix, answers_prefix(prefix))[: 1 + answers]:
+                    stream = open(name + ".bin.partial", "wb", buffering=1 << 20)  # noqa: SIM115
+                    streams.append(stream)
+            yield Output(prefix, streams[0], streams[1] if answers else None)
         finally:
-            with suppress(OSError):  # a full disk can fail here a second time
-                stream.close()
+            for stream in streams:
+                with suppress(OSError):  # a full disk can fail here a second time
+                    stream.close()
             for suffix in _SUFFIXES:
                 with suppress(OSError):
                     os.unlink(prefix + suffix + ".partial")

@@ -14,6 +14,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
+from megakda.data.indexed import answers_prefix
 from megakda.data.packing import (
     INDEX_FORMAT,
     PackedRows,
@@ -29,10 +30,11 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass
 class PackedDatasetConfig(GPTDatasetConfig):
-    """GPTDataset's settings and data.packing, data.overlong."""
+    """GPTDataset's settings and data.packing, data.overlong, data.loss."""
 
     packing: str = "documents"
     overlong: str = "split"
+    loss: str = "all"
 
 
 class PackedDataset(MegatronDataset):
@@ -66,6 +68,11 @@ class PackedDataset(MegatronDataset):
             self.unique_description.encode(), digest_size=16
         ).hexdigest()
         self.rows = self._rows(tokens)
+        # Rows are the same whatever is trained on, and so are their files.
+        self.answers = None
+        if self.config.loss == "answers":
+            marks = answers_prefix(self.dataset_path)
+            self.answers = self.build_low_level_dataset(marks, self.config)
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
@@ -106,10 +113,10 @@ class PackedDataset(MegatronDataset):
 
         Returns:
             tokens, labels, position_ids [context] int64 (positions count from 0 in every piece);
-            loss_mask [context] float, 0 where there is nothing to predict; padding_mask [context]
-            bool, True at padding, whose tokens and labels are the end mark; cu_seqlens
-            [pieces + 1] int32, the bounds of the pieces from 0 to context. Padding, if any, is the
-            last piece.
+            loss_mask [context] float, 0 where there is nothing to predict and, with data.loss=
+            answers, where the label is no token of an answer; padding_mask [context] bool, True at
+            padding, whose tokens and labels are the end mark; cu_seqlens [pieces + 1] int32, the
+            bounds of the pieces from 0 to context. Padding, if any, is the last piece.
 
         Raises:
             IndexError: there is no such row.
@@ -119,12 +126,17 @@ class PackedDataset(MegatronDataset):
         context = self.config.sequence_length
         tokens = numpy.full(context, self.config.tokenizer.eod, numpy.int64)
         labels = tokens.copy()
+        learned = numpy.zeros(context, bool)
         bounds = [0]
         first, last = self.rows.starts[index : index + 2]
         for document, start, length in self.rows.pieces[first:last].tolist():
             text = self.dataset.get(document, offset=start, length=length + 1)
             here = slice(bounds[-1], bounds[-1] + length)
             tokens[here], labels[here] = text[:-1], text[1:]
+            learned[here] = True
+            if self.answers is not None:
+                marks = self.answers.get(document, offset=start, length=length + 1)
+                learned[here] = marks[1:]  # a position's label is the next token
             bounds.append(here.stop)
         padding = numpy.arange(context) >= bounds[-1]
         if bounds[-1] < context:
@@ -132,12 +144,12 @@ class PackedDataset(MegatronDataset):
         cu_seqlens = numpy.array(bounds, numpy.int32)
         starts = numpy.repeat(cu_seqlens[:-1], numpy.diff(cu_seqlens))
         # As GPTDataset does: a padding id among the tokens is nothing to learn.
-        unreal = padding | (labels == self._pad_token_id)
+        learned &= labels != self._pad_token_id
         return {
             "tokens": torch.from_numpy(tokens),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(numpy.arange(context) - starts),
-            "loss_mask": torch.from_numpy(1 - unreal.astype(numpy.float32)),
+            "loss_mask": torch.from_numpy(learned.astype(numpy.float32)),
             "padding_mask": torch.from_numpy(padding),
             "cu_seqlens": torch.from_numpy(cu_seqlens),
         }

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from megakda.data.chat import ChatFormat, ChatInput, chat_format
 from megakda.data.encode import MAX_LISTED, BrokenRecord, Job, encode, usable_cores
 from megakda.data.indexed import token_dtype
 from megakda.data.output import OutputBusyError, check_output, open_output
@@ -29,6 +30,7 @@ __all__ = [
     "FORMATS",
     "MAX_LISTED",
     "BrokenRecord",
+    "ChatInput",
     "OutputBusyError",
     "PreprocessReport",
     "preprocess",
@@ -52,6 +54,8 @@ class PreprocessReport:
     documents: int = 0
     empty_documents: int = 0
     tokens: int = 0  # with the end-of-document tokens
+    answer_tokens: int | None = None  # of conversations: those that are trained on
+    cut_tokens: int = 0  # of those, the ones that lie on the edge of an answer
     max_token_id: int = -1
     bin_bytes: int = 0
     broken: int = 0
@@ -67,17 +71,21 @@ class PreprocessReport:
     def __str__(self) -> str:
         rate = self.input_bytes / max(self.seconds, 1e-9) / 1e6
         workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
+        files, answers = ".bin, .idx, .json", []
+        if self.answer_tokens is not None:
+            files += ", .answers.bin, .answers.idx"
+            share = self.answer_tokens / max(self.tokens, 1)
+            cut = f", {self.cut_tokens:,} of them on an edge" if self.cut_tokens else ""
+            answers = [("answers", f"{self.answer_tokens:,} tokens ({share:.1%}){cut}")]
         rows = [
-            (
-                "output",
-                f"{self.prefix}.bin, .idx, .json ({self.bin_bytes:,} bytes of {self.dtype})",
-            ),
+            ("output", f"{self.prefix}{files} ({self.bin_bytes:,} bytes of {self.dtype})"),
             ("tokenizer", self.tokenizer),
             ("inputs", f"{self.files:,} files, {self.input_bytes:,} bytes"),
             ("documents", f"{self.documents:,}"),
             ("tokens", f"{self.tokens:,}"),
             ("bytes/token", f"{self.bytes_per_token:.3f}"),
             ("largest id", f"{self.max_token_id}"),
+            *answers,
             ("time", f"{self.seconds:.1f} s with {workers} ({rate:.1f} MB/s)"),
             ("empty", f"{self.empty_documents:,} documents or lines left out"),
             ("broken", f"{self.broken:,} records left out"),
@@ -105,8 +113,11 @@ def preprocess(
     overwrite: bool = False,
     progress: bool = True,
     extra: dict[str, Any] | None = None,
+    chat: ChatInput | None = None,
 ) -> PreprocessReport:
     """Tokenizes text files, JSON lines and parquet into ``PREFIX.bin``, ``.idx`` and ``.json``.
+
+    Conversations also into ``PREFIX.answers.bin`` and ``.idx``, which mark the tokens of answers.
 
     Args:
         inputs: files, globs or folders (searched recursively, hidden names left out, sorted). A
@@ -125,13 +136,16 @@ def preprocess(
         overwrite: replace a complete output of the same name.
         progress: show a progress bar on a terminal, else a line every 10 s.
         extra: kept in the sidecar under ``extra``.
+        chat: the inputs are JSON lines or parquet with conversations, rendered so. The
+            end-of-document token is part of an answer that it follows, and is not written twice.
 
     Returns:
         Counts, sizes and the list of broken records.
 
     Raises:
-        DataError: bad arguments, inputs that cannot be found or read, no documents at all, an
-            output that exists, or a disk that is full.
+        ConfigError: a chat template that cannot be read, or is none.
+        DataError: bad arguments, no chat template, inputs that cannot be found or read, no
+            documents at all, an output that exists, or a disk that is full.
     """
     start = time.monotonic()
     prefix = str(output_prefix)
@@ -148,7 +162,12 @@ def preprocess(
         )
     check_output(prefix, overwrite)
     tokenizer = load_tokenizer(tokenizer_spec)
+    found_chat = None if chat is None else chat_format(tokenizer, chat)
     files, skipped = find_inputs(inputs, format)
+    key, option = text_key, "--text-key"
+    if chat is not None:
+        key, option = chat.messages_key, "--messages-key"
+        _check_records(files)
     dtype = token_dtype(tokenizer.vocab_size)
     report = PreprocessReport(
         prefix=prefix,
@@ -161,11 +180,11 @@ def preprocess(
     if workers is None:
         workers = 1 if report.input_bytes < _SERIAL_BELOW else usable_cores()
     report.workers = workers
-    job = Job(tokenizer_spec, text_key, append_eod)
-    blocks = read_blocks(files, document, text_key)
+    job = Job(tokenizer_spec, text_key, append_eod, found_chat)
+    blocks = read_blocks(files, document, key, option)
     lengths: list[np.ndarray] = []
     with (
-        open_output(prefix, overwrite) as output,
+        open_output(prefix, overwrite, answers=chat is not None) as output,
         _Progress(report.input_bytes, progress) as bar,
         closing(encode(blocks, job, tokenizer, workers)) as results,
     ):
@@ -175,11 +194,14 @@ def preprocess(
                     f"{result.broken[0]}: correct the input, or leave broken records out with "
                     "--on-error report"
                 )
-            output.write(result.tokens)
+            output.write(result.tokens, result.answers)
             lengths.append(result.lengths)
             report.documents += len(result.lengths)
             report.tokens += int(result.lengths.sum(dtype=np.int64))
             report.text_bytes += result.text_bytes
+            if chat is not None:
+                report.answer_tokens = (report.answer_tokens or 0) + result.answers.count(1)
+                report.cut_tokens += result.cut_tokens
             report.bin_bytes += len(result.tokens)
             report.empty_documents += result.empty
             report.max_token_id = max(report.max_token_id, result.max_id)
@@ -191,9 +213,11 @@ def preprocess(
             raise DataError(
                 f"no documents in {report.files} input files ({report.empty_documents} empty, "
                 f"{report.broken} broken{': ' + detail if detail else ''}): check the inputs, "
-                f"--text-key {text_key} and --format"
+                f"{option} {key} and --format"
             )
         sidecar = _sidecar(report, tokenizer, append_eod, files)
+        if found_chat is not None:
+            sidecar["chat"] = _chat_entry(found_chat, report)
         if extra is not None:
             sidecar["extra"] = extra
         output.publish(np.concatenate(lengths), dtype, sidecar)
@@ -205,6 +229,25 @@ def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...])
     if value not in choices:
         rule = ", ".join(str(c) for c in choices if c is not None)
         raise DataError(f"{name} is {value!r}, but must be one of {rule}")
+
+
+def _check_records(files: list[Input]) -> None:
+    for file in files:
+        if file.format == "text":
+            raise DataError(
+                f"input {str(file.path)!r} is plain text, and --chat reads conversations from JSON "
+                "lines and parquet: leave it out (of a folder, name the files as in "
+                "'chats/*.jsonl'), or say what it is with --format jsonl"
+            )
+
+
+def _chat_entry(chat: ChatFormat, report: PreprocessReport) -> dict[str, Any]:
+    return {
+        "answers": chat.answers,
+        "answer_tokens": report.answer_tokens,
+        "cut_tokens": report.cut_tokens,
+        "template": chat.source,
+    }
 
 
 def _sidecar(

@@ -167,13 +167,16 @@ def _reading(path: Path) -> Iterator[None]:
 # --- blocks ---------------------------------------------------------------------------------------
 
 
-def read_blocks(files: Iterable[Input], document: str, text_key: str) -> Iterator[Block]:
+def read_blocks(
+    files: Iterable[Input], document: str, text_key: str, option: str = "--text-key"
+) -> Iterator[Block]:
     """The contents of the files, in their order.
 
     Args:
         files: what `find_inputs` found.
         document: of text files, one document per ``file`` or per ``line``.
-        text_key: column (parquet) that holds the text.
+        text_key: column (parquet) that holds the text or the messages.
+        option: that sets it, for messages.
 
     Raises:
         DataError: the system refuses to read a file. Damaged contents come as a `Bad` instead.
@@ -189,7 +192,7 @@ def read_blocks(files: Iterable[Input], document: str, text_key: str) -> Iterato
         for file in group:
             with _reading(file.path):
                 if file.format == "parquet":
-                    yield from _read_parquet(file, text_key)
+                    yield from _read_parquet(file, text_key, option)
                 else:
                     yield from _read_lines(file)
 
@@ -245,7 +248,7 @@ def _read_lines(file: Input) -> Iterator[Block]:
             number, done = number + len(items), at
 
 
-def _read_parquet(file: Input, text_key: str) -> Iterator[Block]:
+def _read_parquet(file: Input, text_key: str, option: str) -> Iterator[Block]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -261,7 +264,7 @@ def _read_parquet(file: Input, text_key: str) -> Iterator[Block]:
             total = max(table.metadata.num_rows, 1)
             if text_key not in table.schema_arrow.names:
                 columns = some(table.schema_arrow.names)
-                reason = f"no column {text_key!r} (columns: {columns}); see --text-key"
+                reason = f"no column {text_key!r} (columns: {columns}); see {option}"
                 yield Block("rows", name, row, [Bad(reason)], file.size)
                 return
             for batch in table.iter_batches(batch_size=1024, columns=[text_key]):

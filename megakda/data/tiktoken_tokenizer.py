@@ -11,9 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megakda.data.tokenizer_base import (
     SETTING,
     BaseTokenizer,
+    characters,
     fingerprint_of,
     first_line,
     some,
@@ -124,6 +127,11 @@ class TiktokenTokenizer(BaseTokenizer):
             # Every second part is a special token.
             ids += [self._special[part]] if number % 2 else self.encode(part)
         return ids
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.encode_with_special(text)
+        sizes = np.array([len(token) for token in self._enc.decode_tokens_bytes(ids)], np.int64)
+        return np.array(ids, np.int64), characters(text, sizes)
 
     def decode(self, ids: Iterable[int]) -> str:
         out = bytearray()

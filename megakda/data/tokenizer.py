@@ -21,6 +21,7 @@ from megakda.data.tokenizer_base import (
     SETTING,
     BaseTokenizer,
     Tokenizer,
+    characters,
     fingerprint_of,
     first_line,
     some,
@@ -68,6 +69,10 @@ class ByteTokenizer(BaseTokenizer):
 
     def encode_with_special(self, text: str) -> list[int]:
         return self.encode(text)
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.encode_array(text)
+        return ids, characters(text, np.ones(len(ids), np.int64))
 
     def special_names(self) -> dict[str, str]:
         return {"bos_token": "", "eos_token": ""}  # templates may put them together with text
@@ -161,6 +166,27 @@ class HFTokenizer(BaseTokenizer):
         other = copy.deepcopy(self._fast)
         if other is not None:
             other.encode_special_tokens = False
+        return other
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        if self._fast_offsets is None:
+            raise DataError(
+                f"data.tokenizer={self.spec!r}: it is written in Python alone, and does not say "
+                "which characters its tokens stand for: convert it to a tokenizer.json "
+                "(save_pretrained of transformers' fast class), and name that folder"
+            )
+        found = self._fast_offsets.encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.int64), np.array(found.offsets, np.int64).reshape(-1, 2)
+
+    @cached_property
+    def _fast_offsets(self) -> Any:
+        other = copy.deepcopy(self._fast_special)
+        if other is not None:
+            from tokenizers.processors import ByteLevel
+
+            # Without special tokens to add a processor does one thing, and not every one does it:
+            # it takes blanks off what a token stands for.
+            other.post_processor = ByteLevel(trim_offsets=False)
         return other
 
     def _encode(self, text: str, fast: Any, split_special_tokens: bool) -> list[int]:

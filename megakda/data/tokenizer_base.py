@@ -38,6 +38,21 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_with_special`, and which characters of the text each token stands for.
+
+        Args:
+            text: valid Unicode.
+
+        Returns:
+            ids [tokens] integer, and [tokens, 2] integer: the first character and the one behind
+            the last. Tokens that share a character overlap; one that stands for none is empty.
+
+        Raises:
+            DataError: this tokenizer cannot say.
+        """
+        ...
+
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as a one-dimensional integer array."""
         ...
@@ -102,6 +117,24 @@ def fingerprint_of(*parts: bytes) -> str:
         h.update(len(part).to_bytes(8, "little"))
         h.update(part)
     return h.hexdigest()[:16]
+
+
+def characters(text: str, sizes: np.ndarray) -> np.ndarray:
+    """Which characters tokens stand for that divide a text among them.
+
+    Args:
+        text: valid Unicode.
+        sizes: [tokens] integer, bytes of UTF-8 of each token, each at least 1.
+
+    Returns:
+        [tokens, 2] int64: the first character, and the one behind the last. Tokens that share a
+        character overlap.
+    """
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    character = np.repeat(np.arange(len(points)), widths)  # of each byte
+    ends = np.cumsum(sizes)
+    return np.stack([character[ends - sizes], character[ends - 1] + 1], axis=1)
 
 
 def valid_text(text: str) -> str:
