@@ -13,8 +13,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from megakda.config import Config, compose, recipes_dir, validate
+from megakda.config import Config, Derived, compose, recipes_dir, validate
 from megakda.config.compose import from_tree
+from megakda.config.plan import Stream
 from megakda.errors import ConfigError, MegakdaError
 from megakda.runtime.distributed import named_failures, process_groups, rank, world_size
 
@@ -36,21 +37,32 @@ def run(config: Config) -> None:
     # megatron-core is imported below this line only: install() adapts it on import.
     from megakda.checkpoint import manager as checkpoints
     from megakda.data.datasets import build_datasets, prepare_data
-    from megakda.trainer import Trainer, checkpoint_root
+    from megakda.trainer import Trainer
 
     with contextlib.ExitStack() as stack:
         if rank() == 0:
-            checkpoints.resolve(config.train.resume, checkpoint_root(config))
+            needed = _streams(config, derived).values()
             if config.train.weights is not None:
                 checkpoints.find(config.train.weights, "train.weights")
-            prepare_data(config)
+            prepare_data(config, streams=needed)
             stack.enter_context(claim_folder(Path(config.train.out)))
         stack.enter_context(process_groups(config.parallel, config.runtime, device))
-        corpus = prepare_data(config, scan=False)
-        trainer = Trainer(config, derived, corpus.tokenizer, build_datasets(config, corpus))
+        streams = _streams(config, derived)
+        corpus = prepare_data(config, scan=False, streams=streams.values())
+        datasets = build_datasets(config, corpus, streams)
+        trainer = Trainer(config, derived, corpus.tokenizer, datasets)
         stack.callback(trainer.close)
         with named_failures():
             trainer.fit()
+
+
+def _streams(config: Config, derived: Derived) -> dict[int, Stream]:
+    """The data that the run still reads: stages that it resumes behind need theirs no more."""
+    from megakda.checkpoint import manager as checkpoints
+    from megakda.trainer import checkpoint_root
+
+    path = checkpoints.resolve(config.train.resume, checkpoint_root(config))
+    return derived.plan.streams_from(checkpoints.read_manifest(path)["step"] if path else 0)
 
 
 @contextlib.contextmanager

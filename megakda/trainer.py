@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megakda import __version__
 from megakda.checkpoint import manager as checkpoints
 from megakda.config import Config, Derived
+from megakda.config.plan import Plan, Stage
 from megakda.data.datasets import Batch, Datasets, micro_batches, order_probe
 from megakda.data.packed_dataset import packing_efficiency
 from megakda.data.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ from megakda.errors import CheckpointError, CommunicationError
 from megakda.guard import Guard
 from megakda.layers.context_parallel import ContextParallel
 from megakda.metrics.report import Reporter
-from megakda.metrics.step_metrics import KdaTelemetry
+from megakda.metrics.step_metrics import KdaTelemetry, Telemetry
 from megakda.models.context_batch import (
     SAME_DATA,
     SameBatches,
@@ -35,8 +36,12 @@ from megakda.models.context_batch import (
 from megakda.models.init import initialize
 from megakda.models.kimi_linear import build_chunks, context_parallel
 from megakda.models.sharding import ModelChunk
-from megakda.optim.build import Schedule, build_optimizer, clip_gradients
+from megakda.optim.build import assign_parameters, build_optimizer, clip_gradients
 from megakda.optim.finalize import GradFinalizer
+from megakda.optim.matrices import assignment_table
+from megakda.optim.qk_clip import QKClip
+from megakda.optim.schedule import Schedule
+from megakda.optim.telemetry import UpdateTelemetry
 from megakda.runtime.distributed import StopSignals, seed_step
 
 
@@ -44,10 +49,10 @@ from megakda.runtime.distributed import StopSignals, seed_step
 class StepResult:
     """What one step did; the same on every rank."""
 
-    loss: float  # mean over the real tokens of the global batch, nats
+    loss: float  # mean over the tokens of the global batch that count (data.loss), nats
     grad_norm: float  # before clipping
     lr: float
-    tokens: int  # real tokens of the global batch
+    tokens: int  # of the global batch, without padding
     problem: str | None  # why the update was skipped
     stop: bool  # some rank was asked to stop
 
@@ -64,36 +69,44 @@ class Trainer:
 
     def __init__(self, config: Config, derived: Derived, tokenizer: Tokenizer, datasets: Datasets):
         self.config, self.derived, self.datasets = config, derived, datasets
+        self.plan = derived.plan
         self.tokenizer = tokenizer
         self.out = Path(config.train.out)
-        self.chunks = _build_model(config)
-        self.optimizer = build_optimizer(config, self.chunks)
-        self.schedule = Schedule(self.optimizer, config.optim, config.schedule, config.train.steps)
+        self.chunks = _build_model(config, self.plan.longest_context)
+        self.assignments = assign_parameters(config, self.chunks)
+        self.optimizer = build_optimizer(config, self.chunks, self.assignments)
+        self.schedule = Schedule(self.optimizer, self.plan, config.optim.weight_decay)
         self.finalizer = GradFinalizer(self.chunks)
         self.guard = Guard(config.train.guard)
-        self.telemetry = KdaTelemetry(self.chunks, config.model.num_layers)
+        self.qk_clip = QKClip(config, self.chunks, self.optimizer)
+        self.telemetry = Telemetry(
+            KdaTelemetry(self.chunks, config.model.num_layers),
+            UpdateTelemetry(self.optimizer, self.assignments),
+        )
         self.same_batches = SameBatches()
         self.forward_backward = _forward_backward(
-            config, self.chunks, self.finalizer, self.same_batches
+            config, self.plan, self.chunks, self.finalizer, self.same_batches
         )
         self.checkpoints = checkpoints.CheckpointManager(checkpoint_root(config), config.checkpoint)
         self.signals = StopSignals()
         self.steps_done = 0
-        self.sequences_consumed = 0
+        self.consumed = [0] * len(self.plan.streams)  # sequences of each stream
         self.tokens_seen = 0
         self.data_reordered = False
+        self._reading: tuple[Stage, list[Iterator[Batch]]] | None = None
 
     def step(self, batches: list[Iterator[Batch]]) -> StepResult:
         """One optimizer step: forward and backward over all micro-batches, then the update."""
-        config = self.config
+        config, now = self.config, self.plan.at(self.steps_done)
         seed_step(config.train.seed, self.steps_done)
         lr = self.schedule.set(self.steps_done)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.qk_clip.begin_step()
 
-        losses = self.forward_backward(batches, num_microbatches=self.derived.micro_batches)
-        loss, stop, differ = _agree(
+        losses = self.forward_backward(batches, now.micro_batches, now.stage)
+        loss, tokens, stop, differ = _agree(
             losses, self.signals.received is not None, self.same_batches.differ()
         )
         if differ:
@@ -102,21 +115,22 @@ class Trainer:
                 f"{SAME_DATA}"
             )
 
+        self.qk_clip.end_forward()
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         problem = self.guard.judge(loss, grad_norm)
         if problem is None:
             clip_gradients(self.optimizer, grad_norm, config.optim.clip_grad)
-            self.optimizer.step_with_ready_grads()
-            self.finalizer.update_expert_biases(config.model.moe.bias_update_rate)
+            self.optimizer.step_with_ready_grads()  # and clips the heads that `qk_clip` has found
+            self.finalizer.update_expert_biases(now.expert_bias_rate)
 
         self.steps_done += 1
-        self.sequences_consumed += config.train.global_batch
-        self.tokens_seen += self.finalizer.tokens
-        return StepResult(loss, grad_norm, lr, self.finalizer.tokens, problem, stop)
+        self.consumed[now.stage.stream] += now.global_batch
+        self.tokens_seen += tokens
+        return StepResult(loss, grad_norm, lr, tokens, problem, stop)
 
     def fit(self) -> None:
-        """Trains from where the run is to `train.steps`, validating and saving on the way.
+        """Trains from where the run is to the plan's end, validating and saving on the way.
 
         Raises:
             TrainingDiverged: too many bad steps in a row.
@@ -126,17 +140,17 @@ class Trainer:
         resumed = self.resume()
         with self.signals, self._reporter() as report:
             report.start(resumed, self.steps_done, self.tokens_seen, self.data_reordered)
-            batches = self._batches(self.datasets.train, self.sequences_consumed)
             stopped = False
-            while self.steps_done < train.steps and not stopped:
+            while self.steps_done < self.plan.steps and not stopped:
+                batches = self.batches()
                 watched = _due(self.steps_done + 1, config.logging.telemetry_every)
                 self.telemetry.watch(watched)
                 started = time.perf_counter()
                 result = self.step(batches)
                 seconds = time.perf_counter() - started
 
-                stopped, last = result.stop, self.steps_done == train.steps
-                validates = self.datasets.valid is not None and (
+                stopped, last = result.stop, self.steps_done == self.plan.steps
+                validates = train.eval_batches > 0 and (
                     last or _due(self.steps_done, train.eval_every)
                 )
                 report.step(
@@ -157,15 +171,18 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss in nats per token over `train.eval_batches` global batches, always the same."""
+        """Mean loss in nats per token over `train.eval_batches` global batches.
+
+        Always the same sequences of the data and context of the stage that the last step was in.
+        """
+        stage = self.plan.at(max(0, self.steps_done - 1)).stage
+        batches = self._batches(self.datasets.streams[stage.stream].valid, 0, stage)
+        micro_batches = stage.batch // (stage.micro_batch * self.derived.data_parallel)
         _sync_parameters(self.config, self.chunks, hooks=False)
         for chunk in self.chunks:
             chunk.eval()
-        batches = self._batches(self.datasets.valid, consumed=0)
         losses = self.forward_backward(
-            batches,
-            num_microbatches=self.derived.micro_batches * self.config.train.eval_batches,
-            forward_only=True,
+            batches, micro_batches * self.config.train.eval_batches, stage, forward_only=True
         )
         for chunk in self.chunks:
             chunk.train()
@@ -181,21 +198,22 @@ class Trainer:
             self.optimizer,
             trainer_state={
                 "steps_done": self.steps_done,
-                "sequences_consumed": self.sequences_consumed,
+                "consumed": self.consumed,
                 "tokens_seen": self.tokens_seen,
                 "guard": self.guard.state_dict(),
-                "data_order": order_probe(self.datasets.train, self.sequences_consumed),
+                "data_order": self._order(),
             },
             manifest={
                 "megakda": __version__,
                 "model": dataclasses.asdict(self.config.model),
                 "parallel": dataclasses.asdict(self.config.parallel),
                 "precision": self.config.precision,
+                "optimizer": self.config.optim.name,
                 "tokenizer": {
                     "spec": self.tokenizer.spec,
                     "fingerprint": self.tokenizer.fingerprint,
                 },
-                "sequences_consumed": self.sequences_consumed,
+                "sequences_consumed": sum(self.consumed),
                 "tokens_seen": self.tokens_seen,
             },
         )
@@ -213,18 +231,30 @@ class Trainer:
             if self.config.train.weights is not None:
                 self._begin_with(_found_by_rank_0(self.config.train.weights))
             return None
-        checkpoints.check_resumable(path)
+        checkpoints.check_resumable(path, self.config.optim.name)
         self._check_tokenizer(path)
         state = checkpoints.load(
             path, self.chunks, self.optimizer, dataclasses.asdict(self.config.model)
         )
         self.steps_done = state["steps_done"]
-        self.sequences_consumed = state["sequences_consumed"]
+        # Checkpoints from before there were stages count one stream.
+        consumed = state.get("consumed") or [state["sequences_consumed"]]
+        self.consumed = [consumed[n] if n < len(consumed) else 0 for n in range(len(self.consumed))]
         self.tokens_seen = state["tokens_seen"]
         self.guard.load_state_dict(state["guard"])
-        probe = order_probe(self.datasets.train, self.sequences_consumed)
-        self.data_reordered = probe != state["data_order"]
+        order = state["data_order"] if "consumed" in state else {0: state["data_order"]}
+        self.data_reordered = any(
+            order.get(n, probe) != probe for n, probe in self._order().items()
+        )
         return path
+
+    def _order(self) -> dict[int, str]:
+        """What tells the order of the sequences read so far, for each stream that goes on."""
+        return {
+            n: order_probe(data.train, self.consumed[n])
+            for n, data in self.datasets.streams.items()
+            if self.consumed[n]
+        }
 
     def _begin_with(self, path: Path) -> None:
         """Loads the weights and expert biases of a checkpoint, and nothing else of it."""
@@ -256,9 +286,11 @@ class Trainer:
         self.chunks.clear()
 
     def _reporter(self) -> Reporter:
-        packing = None
-        if self.config.data.packing != "none":
-            packing = packing_efficiency(self.datasets.train)
+        packing = {
+            n: packing_efficiency(data.train)
+            for n, data in self.datasets.streams.items()
+            if self.plan.streams[n].data.packing != "none"
+        }
         return Reporter(
             self.config,
             self.derived,
@@ -266,19 +298,36 @@ class Trainer:
             self.steps_done,
             self.chunks,
             self.finalizer,
+            self.qk_clip,
+            assignment_table(self.assignments),
             packing,
         )
 
-    def _batches(self, dataset: Any, consumed: int) -> list[Iterator[Batch]]:
-        """One iterator per chunk of this rank: every chunk walks through the same micro-batches."""
+    def batches(self) -> list[Iterator[Batch]]:
+        """Micro-batches from the next step on; a stage may read other data, so each begins anew."""
+        stage = self.plan.at(self.steps_done).stage
+        if self._reading is None or self._reading[0] is not stage:
+            data, consumed = self.datasets.streams[stage.stream], self.consumed[stage.stream]
+            self._reading = stage, self._batches(data.train, consumed, stage)
+        return self._reading[1]
+
+    def _batches(
+        self, dataset: Any, consumed: int, stage: Stage | None = None
+    ) -> list[Iterator[Batch]]:
+        """One iterator per chunk of this rank: every chunk walks through the same micro-batches.
+
+        Args:
+            stage: whose micro-batches these are; None: of the next step's.
+        """
+        stage = stage or self.plan.at(self.steps_done).stage
         return [
             micro_batches(
                 dataset,
                 consumed,
-                self.config.train.micro_batch,
+                stage.micro_batch,
                 parallel_state.get_data_parallel_rank(),
                 self.derived.data_parallel,
-                self.config.data.num_workers,
+                self.plan.streams[stage.stream].data.num_workers,
             )
             for _ in self.chunks
         ]
@@ -305,7 +354,7 @@ def forward_step(
 
     Returns:
         The chunk's output and the function that turns the last chunk's output, per-token losses
-        [b, s], into (summed loss, real tokens, both for the log).
+        [b, s], into (summed loss, tokens that count, both for the log with all real tokens).
     """
     model = chunk.module
     if not (model.pre_process or model.post_process or packed):
@@ -329,17 +378,21 @@ def forward_step(
         per_token: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         loss = (per_token.float() * batch.loss_mask).sum()
-        tokens = batch.loss_mask.sum()
-        return loss, tokens.to(torch.int), {"loss": torch.stack([loss.detach(), tokens]).double()}
+        counted = batch.loss_mask.sum()
+        real = torch.ones_like(batch.loss_mask)
+        if batch.padding_mask is not None:
+            real = real.masked_fill(batch.padding_mask, 0)
+        sums = torch.stack([loss.detach(), counted, real.sum()]).double()
+        return loss, counted.to(torch.int), {"loss": sums}
 
     return output, summed_loss
 
 
-def _build_model(config: Config) -> list[ModelChunk]:
-    """This rank's chunks, initialised and wrapped for data parallelism."""
+def _build_model(config: Config, context: int) -> list[ModelChunk]:
+    """This rank's chunks for up to `context` tokens, initialised, wrapped for data parallelism."""
     parallel = config.parallel
     chunks = build_chunks(
-        config.model, parallel, config.precision, config.train.context, config.runtime.attention
+        config.model, parallel, config.precision, context, config.runtime.attention
     )
     initialize(chunks, config.train.seed, config.model.init_std)
     settings = DistributedDataParallelConfig(
@@ -356,7 +409,11 @@ def _build_model(config: Config) -> list[ModelChunk]:
 
 
 def _forward_backward(
-    config: Config, chunks: list[ModelChunk], finalizer: GradFinalizer, same_batches: SameBatches
+    config: Config,
+    plan: Plan,
+    chunks: list[ModelChunk],
+    finalizer: GradFinalizer,
+    same_batches: SameBatches,
 ) -> Any:
     """megatron-core's schedule for this layout, with everything that stays the same bound."""
     core = chunks[0].config
@@ -366,25 +423,24 @@ def _forward_backward(
         core.no_sync_func = _per_chunk([chunk.no_sync for chunk in chunks])
     if config.parallel.overlap_param_gather:
         core.param_sync_func = _per_chunk([chunk.start_param_sync for chunk in chunks])
-    schedule = partial(
-        get_forward_backward_func(),
-        forward_step_func=partial(
-            forward_step,
-            context=context_parallel(config.parallel),
-            packed=config.data.packing != "none",
-            same_batches=same_batches,
-        ),
-        model=chunks,
-        seq_length=config.train.context,
-        micro_batch_size=config.train.micro_batch,
+    schedule = partial(get_forward_backward_func(), model=chunks)
+    step = partial(
+        forward_step, context=context_parallel(config.parallel), same_batches=same_batches
     )
 
     def run(
-        batches: list[Iterator[Batch]], num_microbatches: int, forward_only: bool = False
+        batches: list[Iterator[Batch]],
+        num_microbatches: int,
+        stage: Stage = plan.stages[0],
+        forward_only: bool = False,
     ) -> list[dict[str, torch.Tensor]]:
+        packed = plan.streams[stage.stream].data.packing != "none"
         return schedule(
+            forward_step_func=partial(step, packed=packed),
             data_iterator=batches if len(chunks) > 1 else batches[0],
             num_microbatches=num_microbatches,
+            seq_length=stage.context,
+            micro_batch_size=stage.micro_batch,
             forward_only=forward_only,
         )
 
@@ -397,16 +453,17 @@ def _per_chunk(functions: list[Any]) -> Any:
 
 def _agree(
     losses: list[dict[str, torch.Tensor]], stop: bool = False, differ: bool = False
-) -> tuple[float, bool, bool]:
-    """The mean loss over all real tokens, and whether any rank says so of the flags."""
-    totals = torch.zeros(4, dtype=torch.float64, device=torch.cuda.current_device())
+) -> tuple[float, int, bool, bool]:
+    """The mean loss over the tokens that count, the number of real tokens, and whether any rank
+    says so of the flags."""
+    totals = torch.zeros(5, dtype=torch.float64, device=torch.cuda.current_device())
     # The last stage has the losses, the same on all its tensor-parallel ranks.
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
-        totals[:2] = sum(entry["loss"] for entry in losses)
-    totals[2], totals[3] = float(stop), float(differ)
+        totals[:3] = sum(entry["loss"] for entry in losses)
+    totals[3], totals[4] = float(stop), float(differ)
     torch.distributed.all_reduce(totals)
-    loss, tokens, stops, differs = totals.tolist()
-    return loss / max(tokens, 1.0), stops > 0, differs > 0
+    loss, counted, tokens, stops, differs = totals.tolist()
+    return loss / max(counted, 1.0), int(tokens), stops > 0, differs > 0
 
 
 def _sync_parameters(config: Config, chunks: list[ModelChunk], hooks: bool) -> None:

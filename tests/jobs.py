@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-from megakda.config import compose, validate
+from megakda.config import Config, compose, validate
 
 SMALL = (
     "model=tiny",
@@ -37,14 +37,18 @@ SMALL = (
 """A model with every part of the large one, and key heads wider than value heads."""
 
 
-@contextmanager
-def trainer(overrides: Sequence[str], corpus: Any) -> Iterator[Any]:
+def trainer(overrides: Sequence[str], corpus: Any) -> AbstractContextManager[Any]:
     """A Trainer in its process groups, ready for its first step."""
+    return trainer_of(compose([*SMALL, f"data.paths=[{corpus}]", "data.prepare=none", *overrides]))
+
+
+@contextmanager
+def trainer_of(config: Config) -> Iterator[Any]:
+    """The Trainer of any config."""
     import torch.distributed
 
     from megakda.runtime.distributed import process_groups, world_size
 
-    config = compose([*SMALL, f"data.paths=[{corpus}]", "data.prepare=none", *overrides])
     derived = validate(config, world_size())
     from megakda.data.datasets import build_datasets, prepare_data
     from megakda.trainer import Trainer
@@ -93,6 +97,24 @@ def fit(overrides: Sequence[str], corpus: Any, out: str) -> dict:
         "weights": weights,
         "data_reordered": run.data_reordered,
     }
+
+
+def fit_recipe(overrides: Sequence[str], corpora: dict[str, str], out: str) -> list[dict[str, Any]]:
+    """A whole run of a recipe, on another corpus of the same kind; its metric rows.
+
+    Args:
+        corpora: the prefix of a data set by what `data.prepare` would have made.
+    """
+    from dataclasses import replace
+    from pathlib import Path
+
+    from megakda.metrics.writers import read_metrics
+
+    config = compose([*overrides, f"train.out={out}", "runtime.threads=1"])
+    data = replace(config.data, paths=[corpora[config.data.prepare]], prepare="none")
+    with trainer_of(replace(config, data=data)) as run:
+        run.fit()
+    return read_metrics(Path(out) / "metrics.jsonl")
 
 
 def gather_global(chunks: list[torch.nn.Module], value: Any) -> dict[str, torch.Tensor]:

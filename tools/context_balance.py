@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megakda.config import Config, compose, validate  # noqa: E402
+from megakda.config.layout import least_ranks  # noqa: E402
 from megakda.data.lengths import FORMS, parse_lengths, sample_rows  # noqa: E402
 from megakda.errors import ConfigError, MegakdaError  # noqa: E402
 from megakda.metrics.context_plot import plot_balance, plot_exchange  # noqa: E402
@@ -47,9 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     try:
         config = compose(args.overrides)
-        p = config.parallel
-        ranks = math.lcm(p.tensor * p.context, p.expert * p.expert_tensor) * p.pipeline
-        validate(config, args.ranks or ranks)
+        validate(config, args.ranks or least_ranks(config.parallel))
         assumed = _assumptions(args.assume)
         lines, data = (_exchange if args.exchange else _balance)(config, args, assumed)
     except MegakdaError as error:

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         "--tokenizer", metavar="SPEC", help=f"{SPECS}: where it is, if not where it was"
     )
     parser.add_argument(
-        "--context", type=int, metavar="N", help="tokens (default: the run's train.context)"
+        "--context", type=int, metavar="N", help="tokens (default: the longest of the run)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar on stderr")
     args = parser.parse_args(argv)

@@ -111,12 +111,20 @@ def architecture_differences(saved: dict[str, Any], model: dict[str, Any]) -> li
     ]
 
 
-def check_resumable(path: Path) -> None:
-    """Refuses to go on from a checkpoint that holds nothing but weights. Not collective."""
-    if read_manifest(path).get("weights_only"):
+def check_resumable(path: Path, optimizer: str) -> None:
+    """Refuses a checkpoint without the state that `optimizer` goes on from. Not collective."""
+    manifest = read_manifest(path)
+    if manifest.get("weights_only"):
         raise CheckpointError(
             f"train.resume: {path} holds weights only, no optimizer state to go on from: set "
             f"train.weights={path} and another train.out to begin a run of its own with them"
+        )
+    saved_with = manifest.get("optimizer", "adamw")  # all that there was before it was noted
+    if saved_with != optimizer:
+        raise CheckpointError(
+            f"train.resume: {path} holds the state of optim.name={saved_with}, and this run has "
+            f"optim.name={optimizer}: set it back, or set train.weights={path} and another "
+            "train.out to begin a run of its own with these weights"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from megakda import __version__
 from megakda.checkpoint.hf_map import family
 from megakda.config.schema import Config, ModelConfig
+from megakda.config.stages import StageSettings, read_stages, summary
 from megakda.models.params import count_layers, count_parameters
 
 _BF16 = [
@@ -102,16 +103,21 @@ def _training(manifest: dict[str, Any], config: Config | None) -> dict[str, str]
     if "huggingface" in manifest:
         facts["origin"] = f"imported from {manifest['huggingface']['name']}"
     elif config is not None:
-        optim, schedule, train = config.optim, config.schedule, config.train
+        optim, train = config.optim, config.train
         facts |= {
-            "batch": f"{train.global_batch:,} sequences of {train.context:,} tokens",
+            "batch": ", then ".join(dict.fromkeys(map(_batch, read_stages(config)))),
             "optimizer": f"{optim.name}, learning rate {optim.lr:g}, betas {optim.beta1:g} and "
             f"{optim.beta2:g}, weight decay {optim.weight_decay:g}, clipped at {optim.clip_grad:g}",
-            "schedule": f"{schedule.style}, {schedule.warmup_steps:,} steps of warmup, "
-            f"{schedule.decay_steps:,} of decay to {schedule.min_lr:g}, {train.steps:,} planned",
+            "schedule": summary(config),
             "seed": str(train.seed),
         }
     return facts
+
+
+def _batch(stage: StageSettings) -> str:
+    first, last = stage.batch
+    grows = f"{first:,} to " if first < last else ""
+    return f"{grows}{last:,} sequences of {stage.context:,} tokens"
 
 
 def _counted(parts: dict[str, int]) -> str:

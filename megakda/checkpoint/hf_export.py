@@ -27,6 +27,7 @@ from megakda.checkpoint.hf_map import Tensor, tensors
 from megakda.checkpoint.stored import StoredCheckpoint, is_finite
 from megakda.config.compose import from_tree
 from megakda.config.schema import Config, ModelConfig
+from megakda.config.stages import longest_context
 from megakda.data.tokenizer import Tokenizer
 from megakda.errors import CheckpointError, ConfigError
 
@@ -74,7 +75,7 @@ def export_hf(
             biases still stay fp32.
         max_shard_bytes: a shard is not larger, unless one tensor is.
         tokenizer: where the tokenizer is now, if not where it was; it must give the same ids.
-        context: tokens that the model is meant for; None for the run's `train.context`.
+        context: tokens that the model is meant for; None for the longest of the run.
         progress: a bar on stderr.
 
     Raises:
@@ -164,7 +165,7 @@ class _Source:
         self.config = self._run_config(run / "config.yaml", required=context is None)
         # Of an imported model: what its folder said that megakda's settings have no place for
         self.published: dict[str, Any] = self.manifest.get("huggingface") or {}
-        known = self.published.get("context") or (self.config and self.config.train.context)
+        known = self.published.get("context") or (self.config and longest_context(self.config))
         if context is None and not known:
             raise CheckpointError(
                 f"{path} lies in no run with a config.yaml, so its context is not known: give "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -22,7 +21,9 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from megakda.config.scale import scaled
 from megakda.config.schema import Config
+from megakda.config.suggest import suggest
 from megakda.errors import ConfigError
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -56,7 +57,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 
 def from_tree(tree: DictConfig) -> Config:
-    """The typed config of a composed tree, interpolations resolved."""
+    """The typed config of a composed tree, interpolations resolved, divided down by `scale`."""
     OmegaConf.resolve(tree)
     known = list(_keys(Config()))
     for key in _tree_keys(OmegaConf.to_container(tree)):
@@ -65,7 +66,7 @@ def from_tree(tree: DictConfig) -> Config:
     config = OmegaConf.to_object(tree)
     if not isinstance(config, Config):
         raise ConfigError("recipes/config.yaml must begin its defaults with `- schema`")
-    return config
+    return scaled(config)
 
 
 def to_yaml(config: Config) -> str:
@@ -93,9 +94,7 @@ def _tree_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 def _no_such_setting(key: str, known: list[str]) -> str:
     groups = sorted(path.name for path in recipes_dir().iterdir() if path.is_dir())
-    return (
-        f"{key}: no such setting{_suggest(key, known + groups)}; recipes/README.md lists them all"
-    )
+    return f"{key}: no such setting{suggest(key, known + groups)}; recipes/README.md lists them all"
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -133,9 +132,9 @@ def _explain_missing_recipe(error: MissingConfigException) -> str:
     asked = str(wanted).removeprefix(f"{top}/") if group else name
     if not available:
         groups = sorted(p.name for p in root.iterdir() if p.is_dir())
-        return f"{wanted}: no such recipe group{_suggest(top, groups)}; the groups are {groups}"
+        return f"{wanted}: no such recipe group{suggest(top, groups)}; the groups are {groups}"
     return (
-        f"{top}={asked}: no such recipe{_suggest(asked, available)}; "
+        f"{top}={asked}: no such recipe{suggest(asked, available)}; "
         f"recipes/{top} has {', '.join(available)}"
     )
 
@@ -155,11 +154,3 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> str | None:
                 if f"'{override.split('=')[0].lstrip('+~')}'" in str(error):
                     return override.split("=")[0]
     return None
-
-
-def _suggest(wrong: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
-    if not close:
-        last = wrong.rsplit(".", 1)[-1]
-        close = [name for name in known if name.rsplit(".", 1)[-1] == last]
-    return f" (did you mean {close[0]}?)" if close else ""

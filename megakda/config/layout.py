@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 
 from megakda.config.schema import ModelConfig, ParallelConfig
@@ -19,18 +20,19 @@ def chunk_layers(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
     chunks = parallel.pipeline * parallel.virtual_pipeline
     layers = parallel.pipeline_layers
     if layers is not None:
+        example = balanced_layers(model, chunks)
         if len(layers) != chunks or sum(layers) != model.num_layers or min(layers) < 1:
             raise ConfigError(
                 f"parallel.pipeline_layers={list(layers)}: needs one positive entry for each of "
                 f"the parallel.pipeline x parallel.virtual_pipeline = {chunks} chunks, adding up "
-                f"to model.num_layers={model.num_layers}; for example {_balanced(model, chunks)}"
+                f"to model.num_layers={model.num_layers}; for example {example}"
             )
         return list(layers)
     if model.num_layers % chunks:
         if model.num_layers < chunks:
             remedy = "use fewer pipeline stages"
         else:
-            layers_csv = ",".join(map(str, _balanced(model, chunks)))
+            layers_csv = ",".join(map(str, balanced_layers(model, chunks)))
             remedy = f"set parallel.pipeline_layers=[{layers_csv}]"
         raise ConfigError(
             f"model.num_layers={model.num_layers} cannot be shared equally by parallel.pipeline="
@@ -49,7 +51,8 @@ def chunk_layers_of_rank(
     return ranges[pipeline_rank :: parallel.pipeline]
 
 
-def _balanced(model: ModelConfig, chunks: int) -> list[int]:
+def balanced_layers(model: ModelConfig, chunks: int) -> list[int]:
+    """Layers of each chunk, as equal as can be."""
     share, rest = divmod(model.num_layers, chunks)
     # The first and last chunks also hold the embedding and the loss: they get no extra layer
     # while others can take it.
@@ -58,3 +61,9 @@ def _balanced(model: ModelConfig, chunks: int) -> list[int]:
     for i in inner[:rest]:
         layers[i] += 1
     return layers
+
+
+def least_ranks(parallel: ParallelConfig) -> int:
+    """The smallest number of ranks that a layout fits."""
+    p = parallel
+    return math.lcm(p.tensor * p.context, p.expert * p.expert_tensor) * p.pipeline

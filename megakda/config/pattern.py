@@ -55,15 +55,23 @@ def layer_kinds(pattern: Any, num_layers: int, last_layer_full: bool = True) -> 
     raise _error(pattern, "must be text or a list")
 
 
-def _from_ratio(pattern: str, num_layers: int, last_layer_full: bool) -> tuple[str, ...]:
+def ratio(pattern: str) -> tuple[int, int]:
+    """Linear and full layers in one period of an "a:b" pattern.
+
+    Raises `ConfigError` for another form, or a period without layers.
+    """
     match = _RATIO.fullmatch(pattern)
     if match is None:
         raise _error(pattern, 'must have the form "a:b" with whole numbers a and b')
     linear, full = (int(group) for group in match.groups())
-    period = linear + full
-    if period == 0:
+    if linear + full == 0:
         raise _error(pattern, "at least one of a and b must be positive")
-    kinds = [LINEAR if layer % period < linear else FULL for layer in range(num_layers)]
+    return linear, full
+
+
+def _from_ratio(pattern: str, num_layers: int, last_layer_full: bool) -> tuple[str, ...]:
+    linear, full = ratio(pattern)
+    kinds = [LINEAR if layer % (linear + full) < linear else FULL for layer in range(num_layers)]
     if last_layer_full and full > 0:
         kinds[-1] = FULL
     return tuple(kinds)

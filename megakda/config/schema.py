@@ -130,7 +130,11 @@ class DataConfig:
     weights: list[float] | None = None  # one per path; null: in proportion to the tokens
     split: list[float] = field(default_factory=lambda: [98.0, 2.0, 0.0])  # train, valid, test
     tokenizer: str = "byte"  # byte | hf:DIR | tiktoken:FILE
-    prepare: str = _choice("none", "stdlib")  # make the data set first if it is not there
+    prepare: str = _choice(
+        "none",  # make the data set first if it is not there; stdlib: of the source text of
+        "stdlib",  # Python's standard library; stdlib_chat: of questions about it, which its
+        "stdlib_chat",  # docstrings answer
+    )
     packing: str = _choice(
         "none",  # none: a stream cut every train.context tokens, across documents;
         "documents",  # documents: rows of whole documents, each with its own start, shuffled;
@@ -139,6 +143,10 @@ class DataConfig:
     overlong: str = _choice(
         "split",  # of packed documents longer than train.context; split: parts of that length;
         "carry",  # carry: the first part fills what is left of a row (packing=documents only)
+    )
+    loss: str = _choice(
+        "all",  # which tokens are trained on; answers: those of answers in conversations, which
+        "answers",  # tools/preprocess_data.py --chat has marked (with packing alone)
     )
     cache: str | None = None  # index files; null: beside the first path
     num_workers: int = 0
@@ -171,8 +179,9 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over steps: linear warmup, then `style` down to `min_lr`."""
+    """Learning rate over steps: linear warmup, then `style` down to `min_lr`; or `stages`."""
 
+    stages: list[Any] | None = None  # in order, see docs/schedules.md; the rest is then not read
     style: str = _choice("wsd", "cosine", "linear", "constant")
     warmup_steps: int = 0
     decay_steps: int = 0  # of WSD: the length of the final decay
@@ -198,7 +207,8 @@ class CheckpointConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int = 100
+    steps: int | None = 100  # null: what train.tokens come to, or as many as the stages take
+    tokens: float | None = None  # the budget, padding included; null: none
     seed: int = 1234
     context: int = 4096  # tokens per sequence
     global_batch: int = 8  # sequences per optimizer step, over all ranks
@@ -235,6 +245,21 @@ class RuntimeConfig:
 
 
 @dataclass
+class ScaleConfig:
+    """Divides a run down, to try a recipe on a few ranks (`megakda/config/scale.py` says how)."""
+
+    steps: int | None = None  # in all, shared by the stages as in the recipe; null: nothing scales
+    ranks: int = 1  # that the layout is for
+    layers: int = 1  # at least; whole periods of model.pattern and what the model has beyond them
+    width: int = 1  # divides model.hidden_size and the widths of feed-forwards
+    heads: int = 1  # divides model.num_heads
+    head_dim: int = 1  # divides sizes of keys and values, and ranks of latents and gates
+    experts: int = 1  # divides model.moe.num_experts
+    context: int = 4096  # tokens of the longest sequences; those of other stages in proportion
+    batch: int = 8  # sequences of the largest batch; those of other stages in proportion
+
+
+@dataclass
 class Config:
     """The whole tree."""
 
@@ -247,4 +272,5 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
     precision: str = _choice("fp32", "bf16")

@@ -8,7 +8,9 @@ from typing import Any
 
 from megakda.config.layout import chunk_layers
 from megakda.config.pattern import layer_kinds
+from megakda.config.plan import Plan, resolve
 from megakda.config.schema import Config, MoEConfig
+from megakda.config.stages import StageSettings, read_stages
 from megakda.errors import ConfigError
 
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")
@@ -21,33 +23,49 @@ class Derived:
     world_size: int
     data_parallel: int
     expert_data_parallel: int
-    micro_batches: int  # per rank and step
-    tokens_per_step: int
-    total_tokens: int
+    micro_batches: int  # per rank, in the first step
+    tokens_per_step: int  # in the first step
+    total_tokens: int  # of the whole run
+    plan: Plan
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.plan.steps
 
     def lines(self, config: Config) -> list[str]:
         """How each number came about, one line each, for the start of a run."""
         p, t = config.parallel, config.train
-        shares = []
-        if p.context > 1:
-            segments = 2 if p.context_layout == "zigzag" else 1
-            length = t.context // (p.context * segments)
-            shares = [
-                f"tokens per context-parallel rank {segments * length:,} = {segments} x {length:,} "
-                f"({p.context_layout}); KDA by {p.context_mode}, MLA by {p.context_attention}"
-            ]
-        return [
+        lines = [
             f"ranks {self.world_size} = tensor {p.tensor} x pipeline {p.pipeline} x context "
             f"{p.context} x data {self.data_parallel}",
             f"experts: expert {p.expert} x expert-tensor {p.expert_tensor} x expert-data "
             f"{self.expert_data_parallel} per pipeline stage",
-            f"micro-batches {self.micro_batches} = global batch {t.global_batch} / (micro-batch "
-            f"{t.micro_batch} x data {self.data_parallel})",
-            f"tokens per step {self.tokens_per_step:,} = global batch {t.global_batch} x context "
-            f"{t.context:,}",
-            f"tokens in all {self.total_tokens:,} = {self.tokens_per_step:,} x {t.steps:,} steps",
-            *shares,
         ]
+        if config.schedule.stages is None:
+            lines += [
+                f"micro-batches {self.micro_batches} = global batch {t.global_batch} / "
+                f"(micro-batch {t.micro_batch} x data {self.data_parallel})",
+                f"tokens per step {self.tokens_per_step:,} = global batch {t.global_batch} x "
+                f"context {t.context:,}",
+                f"tokens in all {self.total_tokens:,} = {self.tokens_per_step:,} x "
+                f"{self.steps:,} steps",
+            ]
+        else:
+            for row in self.plan.rows():
+                facts = (f"{name} {value}" for name, value in row.items())
+                lines.append(f"{', '.join(facts)}")
+            lines.append(f"tokens in all {self.total_tokens:,} in {self.steps:,} steps")
+        for context in dict.fromkeys(stage.context for stage in self.plan.stages):
+            if p.context > 1:
+                segments = 2 if p.context_layout == "zigzag" else 1
+                length = context // (p.context * segments)
+                lines.append(
+                    f"tokens per context-parallel rank {segments * length:,} = {segments} x "
+                    f"{length:,} ({p.context_layout}); KDA by {p.context_mode}, MLA by "
+                    f"{p.context_attention}"
+                )
+        return lines
 
 
 def validate(config: Config, world_size: int) -> Derived:
@@ -63,7 +81,10 @@ def validate(config: Config, world_size: int) -> Derived:
     _check_ranges(config)
     _check_model(config)
     _check_parallel(config)
-    _check_packing(config)
+    for stage in read_stages(config):
+        _check_choices(stage.data, f"{stage.key('data')}.")
+        _check_context(config, stage.key("context"), stage.context)
+        _check_packing(stage)
     if config.runtime.attention == "flash_attn" and config.precision != "bf16":
         raise ConfigError(
             f"runtime.attention=flash_attn with precision={config.precision}: flash-attn takes "
@@ -94,32 +115,47 @@ def derive(config: Config, world_size: int) -> Derived:
             f"{expert_ranks}: start a multiple of {expert_ranks} ranks or lower one of them"
         )
     data_parallel = world_size // model_ranks
-    per_micro_step = data_parallel * t.micro_batch
-    if t.global_batch % per_micro_step:
-        down = max(1, t.global_batch // per_micro_step) * per_micro_step
-        raise ConfigError(
-            f"train.global_batch={t.global_batch} must be a multiple of data-parallel ranks x "
-            f"train.micro_batch = {data_parallel} x {t.micro_batch} = {per_micro_step}: use "
-            f"train.global_batch={down} or another train.micro_batch"
-        )
-    micro_batches = t.global_batch // per_micro_step
-    if p.virtual_pipeline > 1 and micro_batches % p.pipeline:
-        rounded_up = -(-micro_batches // p.pipeline) * p.pipeline
-        raise ConfigError(
-            f"interleaved pipelines need micro-batches in multiples of parallel.pipeline="
-            f"{p.pipeline}, but train.global_batch={t.global_batch} makes {micro_batches} per "
-            f"rank: use train.global_batch={rounded_up * per_micro_step} or "
-            "parallel.virtual_pipeline=1"
-        )
-    tokens_per_step = t.global_batch * t.context
+    interleave = p.pipeline if p.virtual_pipeline > 1 else 1
+    stages = read_stages(config)
+    for stage in stages:
+        _check_batch(stage, data_parallel, interleave)
+    plan = resolve(stages, t, config.optim.lr, data_parallel, interleave)
+    first = plan.at(0)
     return Derived(
         world_size=world_size,
         data_parallel=data_parallel,
         expert_data_parallel=world_size // expert_ranks,
-        micro_batches=micro_batches,
-        tokens_per_step=tokens_per_step,
-        total_tokens=tokens_per_step * t.steps,
+        micro_batches=first.micro_batches,
+        tokens_per_step=first.global_batch * first.context,
+        total_tokens=plan.tokens,
+        plan=plan,
     )
+
+
+def _check_batch(stage: StageSettings, data_parallel: int, interleave: int) -> None:
+    """Every rank gets whole micro-batches, as many as the pipeline wants."""
+    key, micro_key = stage.key("batch"), stage.key("micro_batch")
+    per_micro_step = data_parallel * stage.micro_batch
+    first, last = stage.batch
+    sizes = {key: first} if first == last else {f"{key}.from": first, f"{key}.to": last}
+    if stage.batch_by is not None:
+        sizes[f"{key}.by"] = stage.batch_by
+    for name, size in sizes.items():
+        if size % per_micro_step:
+            down = max(1, size // per_micro_step) * per_micro_step
+            raise ConfigError(
+                f"{name}={size} must be a multiple of data-parallel ranks x {micro_key} = "
+                f"{data_parallel} x {stage.micro_batch} = {per_micro_step}: use {name}={down} or "
+                f"another {micro_key}"
+            )
+        micro_batches = size // per_micro_step
+        if micro_batches % interleave:
+            rounded_up = -(-micro_batches // interleave) * interleave
+            raise ConfigError(
+                f"interleaved pipelines need micro-batches in multiples of parallel.pipeline="
+                f"{interleave}, but {name}={size} makes {micro_batches} per rank: use {name}="
+                f"{rounded_up * per_micro_step} or parallel.virtual_pipeline=1"
+            )
 
 
 def _check_choices(node: Any, prefix: str) -> None:
@@ -146,7 +182,8 @@ def _check_ranges(config: Config) -> None:
         "parallel.context": p.context,
         "parallel.expert": p.expert,
         "parallel.expert_tensor": p.expert_tensor,
-        "train.steps": t.steps,
+        "train.steps": 1 if t.steps is None else t.steps,
+        "train.tokens": 1 if t.tokens is None else t.tokens,
         "train.context": t.context,
         "train.global_batch": t.global_batch,
         "train.micro_batch": t.micro_batch,
@@ -175,13 +212,6 @@ def _check_ranges(config: Config) -> None:
     s = config.schedule
     if s.min_lr > o.lr:
         raise ConfigError(f"schedule.min_lr={s.min_lr}: must not exceed optim.lr={o.lr}")
-    # A run without a decay may end during its warmup; the rate does not depend on its length.
-    decays = s.decay_steps > 0 or s.style in ("cosine", "linear")
-    if decays and s.warmup_steps + max(s.decay_steps, 1) > t.steps:
-        raise ConfigError(
-            f"schedule.warmup_steps={s.warmup_steps} + schedule.decay_steps={s.decay_steps} do not "
-            f"fit in train.steps={t.steps}: lower them or train longer"
-        )
     if s.style == "wsd" and not s.decay_steps and s.min_lr != o.lr and s.min_lr > 0:
         raise ConfigError(
             f"schedule.style=wsd with schedule.min_lr={s.min_lr} but schedule.decay_steps=0 never "
@@ -250,9 +280,9 @@ def _check_expert_groups(moe: MoEConfig) -> None:
         )
 
 
-def _check_context(config: Config) -> None:
+def _check_context(config: Config, key: str, tokens: int) -> None:
     """How the tokens of a sequence are shared."""
-    m, p, tokens = config.model, config.parallel, config.train.context
+    p = config.parallel
     segments = p.context * (2 if p.context_layout == "zigzag" and p.context > 1 else 1)
     if tokens % segments:
         other = (
@@ -261,18 +291,23 @@ def _check_context(config: Config) -> None:
             else ""
         )
         raise ConfigError(
-            f"train.context={tokens} must be a multiple of {segments}, the segments that parallel."
+            f"{key}={tokens} must be a multiple of {segments}, the segments that parallel."
             f"context={p.context} with parallel.context_layout={p.context_layout} cuts a sequence "
-            f"into: use train.context={_nearest(tokens, segments)}{other}"
+            f"into: use {key}={_nearest(tokens, segments)}{other}"
         )
     own = tokens // p.context
     if p.tensor > 1 and p.sequence and own % p.tensor:
         raise ConfigError(
-            f"train.context={tokens} / parallel.context={p.context} = {own} tokens must be a "
-            f"multiple of parallel.tensor={p.tensor}: use train.context="
+            f"{key}={tokens} / parallel.context={p.context} = {own} tokens must be a "
+            f"multiple of parallel.tensor={p.tensor}: use {key}="
             f"{_nearest(tokens, math.lcm(segments, p.context * p.tensor))}, or set "
             "parallel.sequence=false"
         )
+
+
+def _check_context_heads(config: Config) -> None:
+    """Among which ranks heads are exchanged."""
+    m, p = config.model, config.parallel
     if p.context_mode != "two_level":
         if p.context_heads is not None:
             raise ConfigError(
@@ -305,17 +340,47 @@ def _heads_exchanged(config: Config) -> tuple[str, int]:
     return "parallel.context", p.context if p.context_mode == "heads" else 1
 
 
-def _check_packing(config: Config) -> None:
-    data, context = config.data, config.train.context
+def _check_packing(stage: StageSettings) -> None:
+    data, key = stage.data, stage.key("data")
     if data.packing == "best_fit" and data.overlong == "carry":
         raise ConfigError(
-            "data.overlong=carry with data.packing=best_fit: best fit has no open row that a "
-            "longer document could begin in; set data.overlong=split, or data.packing=documents"
+            f"{key}.overlong=carry with {key}.packing=best_fit: best fit has no open row that a "
+            f"longer document could begin in; set {key}.overlong=split, or {key}.packing=documents"
         )
-    if data.packing != "none" and context < 2:
+    if data.packing == "none" and data.loss == "answers":
         raise ConfigError(
-            f"train.context={context} with data.packing={data.packing}: every token would be a "
-            "document of its own; raise train.context to 2 or more, or set data.packing=none"
+            f"{key}.loss=answers with {key}.packing=none: only rows of whole documents know which "
+            f"of their tokens are answers; set {key}.packing=best_fit (or documents), or "
+            f"{key}.loss=all"
+        )
+    if data.packing != "none" and stage.context < 2:
+        context = stage.key("context")
+        raise ConfigError(
+            f"{context}={stage.context} with {key}.packing={data.packing}: every token would be a "
+            f"document of its own; raise {context} to 2 or more, or set {key}.packing=none"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    optim, heads = config.optim, config.model.num_heads
+    muon = optim.muon
+    if optim.qk_clip is not None and not optim.qk_clip > 0:
+        raise ConfigError(
+            f"optim.qk_clip={optim.qk_clip}: the bound of attention logits must be positive (the "
+            "report's is 100), inf to record logits without clipping, or null for neither"
+        )
+    if not 0 <= muon.momentum < 1:
+        raise ConfigError(f"optim.muon.momentum={muon.momentum}: must be in [0, 1)")
+    if muon.newton_schulz_steps < 1:
+        raise ConfigError(
+            f"optim.muon.newton_schulz_steps={muon.newton_schulz_steps}: must be at least 1"
+        )
+    if not muon.update_rms > 0:
+        raise ConfigError(f"optim.muon.update_rms={muon.update_rms}: must be positive")
+    if muon.heads_per_matrix < 0 or (muon.heads_per_matrix and heads % muon.heads_per_matrix):
+        raise ConfigError(
+            f"optim.muon.heads_per_matrix={muon.heads_per_matrix}: must divide model.num_heads="
+            f"{heads}, or be 0 for one matrix of all heads"
         )
 
 
@@ -340,7 +405,7 @@ def _check_parallel(config: Config) -> None:
             f"parallel.virtual_pipeline={p.virtual_pipeline} needs parallel.pipeline > 1: set it "
             "to 1, or add pipeline stages"
         )
-    _check_context(config)
+    _check_context_heads(config)
     if m.ffn == "moe":
         experts = "lower it, or change model.moe"
         divisible("model.moe.num_experts", m.moe.num_experts, "parallel.expert", p.expert, experts)

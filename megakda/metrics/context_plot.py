@@ -39,10 +39,10 @@ def plot_balance(found: Balance, out: Path) -> Path:
             )
             ax.set_xlabel("Rank of the context-parallel group")
             ax.xaxis.get_major_locator().set_params(integer=True)
-            _tidy(ax)
+            tidy(ax)
         axes[0].set_ylabel("Work in MLA over the mean")
 
-    return _save(draw, out, (4.3 * len(found.layouts), 3.4))
+    return save_figure(draw, out, (4.3 * len(found.layouts), 3.4))
 
 
 def plot_exchange(points: Sequence[Point], tensor: int, out: Path) -> Path:
@@ -70,7 +70,7 @@ def plot_exchange(points: Sequence[Point], tensor: int, out: Path) -> Path:
             ticks = [p.tokens for p in mine][1::2]
             ax.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
             ax.minorticks_off()
-            _tidy(ax)
+            tidy(ax)
         for ax in list(grid.flat)[len(sizes) :]:
             ax.remove()
         lines = {line.get_label(): line for ax in figure.axes for line in ax.lines}
@@ -80,17 +80,19 @@ def plot_exchange(points: Sequence[Point], tensor: int, out: Path) -> Path:
         figure.supxlabel("Tokens of a row on each rank", fontsize=9)
         figure.supylabel("Predicted ms per KDA layer, forward and backward", fontsize=9)
 
-    return _save(draw, out, (9.0, 2.7 * -(-len(sizes) // 3) + 0.6))
+    return save_figure(draw, out, (9.0, 2.7 * -(-len(sizes) // 3) + 0.6))
 
 
-def _tidy(ax: Any) -> None:
+def tidy(ax: Any) -> None:
+    """Horizontal grid lines and no frame."""
     ax.grid(axis="y", color=_GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(length=0)
 
 
-def _save(draw: Callable[[Any], None], out: Path, size: tuple[float, float]) -> Path:
+def save_figure(draw: Callable[[Any], None], out: Path, size: tuple[float, float]) -> Path:
+    """What `draw` puts on a figure of `size` inches, as a PNG file."""
     # The object interface with an explicit canvas touches no global state and needs no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

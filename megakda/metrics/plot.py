@@ -178,10 +178,10 @@ def _draw(runs: list[_Run], out: Path, smooth: int | None, use_tokens: bool) -> 
         _draw_loss(axes["loss"], runs, smooth, use_tokens)
         if "lr" in axes:
             _draw_lr(axes["lr"], runs, use_tokens)
-            axes["lr"].yaxis.set_major_formatter(FuncFormatter(_axis_exponent))
+            axes["lr"].yaxis.set_major_formatter(FuncFormatter(axis_exponent))
         if "tokens_per_s" in axes:
             _draw_throughput(axes["tokens_per_s"], runs, smooth, use_tokens)
-            axes["tokens_per_s"].yaxis.set_major_formatter(FuncFormatter(_axis_count))
+            axes["tokens_per_s"].yaxis.set_major_formatter(FuncFormatter(axis_count))
         last = grid[-1, 0]
         last.set_xlabel("Tokens" if use_tokens else "Step")
         right = max(float(_axis_values(run, use_tokens).max()) for run in runs)
@@ -190,7 +190,7 @@ def _draw(runs: list[_Run], out: Path, smooth: int | None, use_tokens: bool) -> 
             MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10], integer=not use_tokens)
         )
         if use_tokens:
-            last.xaxis.set_major_formatter(FuncFormatter(_axis_count))
+            last.xaxis.set_major_formatter(FuncFormatter(axis_count))
         else:
             last.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         # A name ending in .tmp hides the format, so it is given; the rename keeps `out` whole.
@@ -199,7 +199,7 @@ def _draw(runs: list[_Run], out: Path, smooth: int | None, use_tokens: bool) -> 
         temporary.replace(out)
 
 
-def _axis_count(value: float, _: int = 0) -> str:
+def axis_count(value: float, _: int = 0) -> str:
     """A tick label: 500k, 1.5B; "B" because that is how people count tokens."""
     for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= scale:
@@ -207,7 +207,7 @@ def _axis_count(value: float, _: int = 0) -> str:
     return f"{value:g}"
 
 
-def _axis_exponent(value: float, _: int = 0) -> str:
+def axis_exponent(value: float, _: int = 0) -> str:
     """A tick label: 0, 5e-4, 1.5e-3."""
     if value == 0:
         return "0"

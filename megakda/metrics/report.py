@@ -10,7 +10,7 @@ import torch
 
 from megakda.config import Config, Derived, to_yaml
 from megakda.metrics.progress import Progress, format_count
-from megakda.metrics.step_metrics import KdaTelemetry, memory_gib, parameter_and_expert_metrics
+from megakda.metrics.step_metrics import Telemetry, memory_gib, parameter_and_expert_metrics
 from megakda.metrics.writers import MetricWriters, open_writers
 from megakda.models.flops import flops_per_token, mfu, peak_flops
 from megakda.models.params import count_parameters
@@ -19,6 +19,7 @@ from megakda.models.sharding import ModelChunk
 if TYPE_CHECKING:
     from megakda.data.packed_dataset import PackingEfficiency
     from megakda.optim.finalize import GradFinalizer
+    from megakda.optim.qk_clip import QKClip
     from megakda.trainer import StepResult
 
 
@@ -36,14 +37,21 @@ class Reporter:
         start_step: int,
         chunks: list[ModelChunk],
         finalizer: GradFinalizer,
-        packing: PackingEfficiency | None = None,
+        qk_clip: QKClip,
+        assignment_table: list[str],
+        packing: dict[int, PackingEfficiency],
     ):
         self.config, self.derived, self.out = config, derived, out
-        self.chunks, self.finalizer = chunks, finalizer
+        self.chunks, self.finalizer, self.qk_clip = chunks, finalizer, qk_clip
+        self.assignment_table = assignment_table
         self.packing = packing
         # Attention ends with a document, so that its length counts, not that of the sequence.
-        attended = packing.document_tokens if packing else config.train.context
-        self.flops = flops_per_token(config.model, attended)
+        self.flops = [
+            flops_per_token(
+                config.model, packing[n].document_tokens if n in packing else stream.context
+            )
+            for n, stream in enumerate(derived.plan.streams)
+        ]
         self.peak = _peak_flops(config)
         self.progress: Progress | None = None
         self.writers: MetricWriters | None = None
@@ -53,7 +61,7 @@ class Reporter:
             self.writers = open_writers(
                 config.logging, out, dataclasses.asdict(config), resume_step=start_step
             )
-            self.progress = Progress(config.train.steps, start_step)
+            self.progress = Progress(derived.steps, start_step)
 
     def __enter__(self) -> Reporter:
         return self
@@ -81,22 +89,35 @@ class Reporter:
         )
         for line in self.derived.lines(self.config):
             self._note(f"  {line}")
-        attended = "documents of" if self.packing else "context"
-        self._note(
-            f"  FLOPs per token {format_count(self.flops.training)} = 3 x "
-            f"{format_count(self.flops.forward)} forward at {attended} {self.flops.context:,}; MFU "
-            + (f"against {self.peak / 1e12:,.0f} TFLOP/s" if self.peak else "not known here")
-        )
-        if self.packing:
-            self._note(f"  data.packing={self.config.data.packing}: {self.packing}")
+        for number in self.derived.plan.streams_from(steps_done):
+            for line in self._stream_lines(number):
+                self._note(f"  {line}")
+        for line in self.assignment_table:
+            self._note(f"    {line}")
         if resumed:
             self._note(f"  resumed from {resumed} after step {steps_done}, {tokens_seen:,} tokens")
         if data_reordered:
             self._note(
                 "  WARNING: the sequences come in another order than before this resume (another "
-                "train.steps over several epochs, train.context, train.seed, data.split, "
+                "length over several epochs, train.context, train.seed, data.split, "
                 "data.packing, data.overlong or corpus): some may repeat, some may be left out"
             )
+
+    def _stream_lines(self, number: int) -> list[str]:
+        """What a token of a stream costs, and how its rows are filled."""
+        plan, flops, packing = self.derived.plan, self.flops[number], self.packing.get(number)
+        stages = [str(stage.number) for stage in plan.stages if stage.stream == number]
+        several = "s" if len(stages) > 1 else ""
+        whose = f"stage{several} {', '.join(stages)}: " if len(plan.streams) > 1 else ""
+        lines = [
+            f"{whose}FLOPs per token {format_count(flops.training)} = 3 x "
+            f"{format_count(flops.forward)} forward at "
+            f"{'documents of' if packing else 'context'} {flops.context:,}; MFU "
+            + (f"against {self.peak / 1e12:,.0f} TFLOP/s" if self.peak else "not known here")
+        ]
+        if packing:
+            lines.append(f"{whose}data.packing={plan.streams[number].data.packing}: {packing}")
+        return lines
 
     def step(
         self,
@@ -107,7 +128,7 @@ class Reporter:
         *,
         skipped: int,
         valid_loss: float | None,
-        telemetry: KdaTelemetry | None,
+        telemetry: Telemetry | None,
     ) -> None:
         """The progress line, and a row of metrics where one is due. Collective when it is.
 
@@ -129,7 +150,9 @@ class Reporter:
         extra = telemetry is not None or valid_loss is not None or result.problem is not None
         if step % self.config.logging.every and not extra:
             return
-        per_device = tokens_per_s * self.flops.training / self.derived.world_size
+        planned = self.derived.plan.at(step - 1)
+        flops = self.flops[planned.stage.stream].training
+        per_device = tokens_per_s * flops / self.derived.world_size
         row: dict[str, Any] = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -141,9 +164,13 @@ class Reporter:
             "memory_gib": memory_gib(torch.device(torch.cuda.current_device())),
             "skipped_steps": skipped,
             **parameter_and_expert_metrics(self.chunks, self.finalizer),
+            **self.qk_clip.metrics(),
         }
         if self.peak:
-            row["mfu"] = mfu(tokens_per_s, self.flops.training, self.derived.world_size, self.peak)
+            row["mfu"] = mfu(tokens_per_s, flops, self.derived.world_size, self.peak)
+        if self.config.schedule.stages is not None:
+            row["stage"] = planned.stage.number
+            row["context"], row["batch"] = planned.context, planned.global_batch
         if valid_loss is not None:
             row["valid_loss"] = valid_loss
         if telemetry is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -86,6 +87,24 @@ class KdaTelemetry:
         return {
             name: {layer: row[column] / row[3] for layer, row in rows.items()}
             for column, name in enumerate(names)
+        }
+
+
+class Telemetry:
+    """Several recorders as one: switched on together, their findings in one row."""
+
+    def __init__(self, *recorders: Any):
+        self._recorders = recorders
+
+    def watch(self, on: bool) -> None:
+        """Switches recording on for the next step, or off."""
+        for recorder in self._recorders:
+            recorder.watch(on)
+
+    def collect(self) -> dict[str, Any]:
+        """What the last step has left. Collective."""
+        return {
+            name: row for recorder in self._recorders for name, row in recorder.collect().items()
         }
 
 

@@ -29,7 +29,9 @@ class RankModel:
 
 
 @contextmanager
-def _fake_ranks(config: Config, rank: int, world_size: int) -> Iterator[None]:
+def fake_ranks(config: Config, rank: int, world_size: int) -> Iterator[None]:
+    """The process groups of `rank` in a run of `world_size` ranks, without the others: collectives
+    return at once and leave tensors as they are."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     store = FakeStore()
@@ -52,7 +54,7 @@ def build_rank(config: Config, rank: int, world_size: int) -> RankModel:
 
     meta = torch.device("meta")
     with (
-        _fake_ranks(config, rank, world_size),
+        fake_ranks(config, rank, world_size),
         mock.patch.object(torch.cuda, "current_device", lambda: meta),
         meta,
     ):

@@ -297,7 +297,7 @@ def test_weights_alone_are_not_resumed(ranks, corpus, saved, tmp_path, resume):
     folder = tmp_path / "checkpoints" / "step_00000002"
     shutil.copytree(find(str(saved[0]), "checkpoint"), folder)
     manifest = read_manifest(folder)
-    check_resumable(folder)
+    check_resumable(folder, "adamw")
     (folder / MANIFEST).write_text(json.dumps({**manifest, "weights_only": True}))
     out = tmp_path if resume == "auto" else tmp_path / "other"
     overrides = ["train.steps=3", f"train.resume={resume if resume == 'auto' else folder}"]

@@ -169,6 +169,16 @@ def test_resume_is_bit_exact(ranks, corpus, tmp_path, layout):
         assert torch.equal(parts["weights"][name], weight), name
 
 
+def test_another_optimizer_does_not_go_on(ranks, corpus, tmp_path):
+    ranks.run(1, jobs.fit, [*RUN, "train.steps=1"], corpus, str(tmp_path))
+    other = ["optim=adamw", "schedule.warmup_steps=0", "train.steps=2"]
+    arguments = [jobs.fit, other, corpus, str(tmp_path)]
+    name, message = ranks.run(1, jobs.error_of, *arguments)[0]
+    assert name == "CheckpointError"
+    assert "optim.name=muon" in message and "optim.name=adamw" in message
+    assert "train.weights=" in message
+
+
 OTHER = {
     "tp2_dp2_to_pp2": ((4, ["parallel=tp2"]), (2, ["parallel=pp2"])),
     "one_to_ep2": ((1, []), (2, ["parallel=ep2"])),

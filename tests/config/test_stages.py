@@ -1,0 +1,425 @@
+"""Stages: what they may say, and the plan of steps that follows."""
+
+from __future__ import annotations
+
+import functools
+import math
+from copy import deepcopy
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megakda.config import Config, Derived, compose, validate
+from megakda.config.plan import Plan
+from megakda.config.stages import read_stages, summary
+from megakda.errors import ConfigError
+
+WHOLE = [
+    "model=tiny",
+    "data=indexed",
+    "data.paths=[corpus/a]",
+    "train.context=64",
+    "train.global_batch=8",
+    "train.micro_batch=2",
+    "optim.lr=1.0",
+]
+STEP = 8 * 64  # tokens of a step that says nothing else
+
+
+composed = functools.cache(compose)
+
+
+def config_of(*stages: dict[str, Any], overrides: tuple[str, ...] = ()) -> Config:
+    length = [] if any(o.startswith("train.steps") for o in overrides) else ["train.steps=null"]
+    config = deepcopy(composed((*WHOLE, *length, *overrides)))
+    config.schedule.stages = list(stages)
+    return config
+
+
+def derived_of(*stages: dict[str, Any], ranks: int = 1, overrides: Any = ()) -> Derived:
+    return validate(config_of(*stages, overrides=tuple(overrides)), ranks)
+
+
+def plan_of(*stages: dict[str, Any], ranks: int = 1, overrides: Any = ()) -> Plan:
+    return derived_of(*stages, ranks=ranks, overrides=overrides).plan
+
+
+def rates(plan: Plan) -> list[float]:
+    return [plan.at(step).lr for step in range(plan.steps)]
+
+
+def cosine(done: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+# A stage of three steps from 0.8 to 0.2. Notches: a fall is at its end one step after its last one.
+RATES = {
+    "warmup": ({"to": 0.2}, [0.6, 0.4, 0.2]),
+    "constant": ({}, [0.8, 0.8, 0.8]),
+    "linear": ({"to": 0.2}, [0.65, 0.5, 0.35]),
+    "cosine": ({"to": 0.2}, [0.2 + 0.6 * cosine(n / 4) for n in (1, 2, 3)]),
+    "exponential": ({"to": 0.2}, [0.2 + 0.6 * (2 * 0.5 ** (n / 4) - 1) for n in (1, 2, 3)]),
+    "minus_sqrt": ({"to": 0.2}, [0.2 + 0.6 * (1 - math.sqrt(n / 4)) for n in (1, 2, 3)]),
+}
+
+
+@pytest.mark.parametrize("kind", RATES)
+@pytest.mark.parametrize("length", ["steps", "tokens"])
+def test_rates_inside_and_at_the_borders(kind, length):
+    said, expected = RATES[kind]
+    stage = {"kind": kind, length: 3 if length == "steps" else 3 * STEP, **said}
+    plan = plan_of({"kind": "warmup", "steps": 2, "to": 0.8}, stage, {"kind": "constant"}, **OPEN)
+    after = 0.8 if kind == "constant" else 0.2
+    assert rates(plan) == pytest.approx([0.4, 0.8, *expected, after, after], rel=1e-12)
+    assert [plan.at(step).stage.number for step in range(7)] == [1, 1, 2, 2, 2, 3, 3]
+    borders = [tokens for tokens in range(0, plan.tokens, STEP // 2)]
+    assert [plan.lr_at(tokens) for tokens in borders[::2]] == rates(plan)
+    assert [plan.lr_at(tokens) for tokens in borders[1::2]] == rates(plan)
+    assert plan.lr_at(STEP - 1) == plan.at(0).lr != plan.lr_at(STEP)
+    with pytest.raises(ValueError, match=r"must be in 0\.\.3583"):
+        plan.lr_at(plan.tokens)
+
+
+OPEN: dict[str, Any] = {"overrides": ["train.steps=7"]}
+
+
+def test_the_first_stage_and_stages_that_rise():
+    fall = {"kind": "linear", "steps": 1, "to": 0.5}
+    assert rates(plan_of(fall, fall)) == [0.75, 0.5]  # from optim.lr=1, where there is no warmup
+    assert rates(plan_of({"kind": "warmup", "steps": 2})) == [0.5, 1.0]
+    again = {"kind": "warmup", "steps": 2, "to": 0.9}
+    assert rates(plan_of(fall, again)) == pytest.approx([0.75, 0.7, 0.9])
+    rise = {"kind": "linear", "steps": 1, "to": 1.5}
+    assert rates(plan_of(fall, rise)) == [0.75, 1.0]
+    jump = {"kind": "constant", "steps": 2, "to": 0.1}
+    assert rates(plan_of(fall, jump)) == [0.75, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    "shorthand",
+    [
+        ("style=wsd", "warmup_steps=3", "decay_steps=4", "decay_shape=minus_sqrt", "min_lr=0.1"),
+        ("style=cosine", "warmup_steps=3", "min_lr=0.1"),
+        ("style=linear",),
+        ("style=constant", "warmup_steps=3"),
+        ("style=wsd", "warmup_steps=30"),
+    ],
+)
+def test_the_shorthand_stands_for_stages(shorthand):
+    said = [f"schedule.{setting}" for setting in ("warmup_steps=0", *shorthand)]
+    derived = validate(compose([*WHOLE, *said, "train.steps=20"]), 2)
+    steps = {"style=wsd": (3, 13, 4), "style=cosine": (3, 17), "style=linear": (20,)}
+    expected = steps.get(shorthand[0], (3, 17)) if "warmup_steps=30" not in shorthand else (20,)
+    assert tuple(stage.steps for stage in derived.plan.stages) == expected
+    assert (derived.steps, derived.total_tokens) == (20, 20 * STEP)
+    assert len(derived.plan.streams) == 1 and derived.plan.streams[0].sequences == 20 * 8
+    assert [line for line in derived.lines(compose(WHOLE)) if "micro-batches 2 = " in line]
+    # The same run by its tokens
+    tokens = [*WHOLE, *said, "train.steps=null", f"train.tokens={20 * STEP + 100}"]
+    assert validate(compose(tokens), 2).plan == derived.plan
+
+
+def test_a_shorthand_needs_one_length():
+    with pytest.raises(ConfigError, match=r"train\.steps=null and train\.tokens=null"):
+        validate(compose([*WHOLE, "train.steps=null"]), 1)
+    with pytest.raises(ConfigError, match=r"train\.steps=3 of 512 tokens are 1,536 tokens, not"):
+        validate(compose([*WHOLE, "train.steps=3", "train.tokens=4000"]), 1)
+
+
+def test_the_open_stage_takes_the_rest():
+    stages = {"kind": "warmup", "steps": 5}, {"kind": "constant"}, fall(tokens=10 * STEP)
+    by_steps = plan_of(*stages, overrides=["train.steps=40"])
+    by_tokens = plan_of(*stages, overrides=[f"train.tokens={40 * STEP}"])
+    assert by_steps == by_tokens
+    assert [stage.steps for stage in by_steps.stages] == [5, 25, 10]
+
+
+def fall(**said: Any) -> dict[str, Any]:
+    return {"kind": "linear", "to": 0.1, **said}
+
+
+def test_tokens_are_rounded_to_whole_steps_once():
+    """Each border is at the step nearest to it; roundings do not add up."""
+    plan = plan_of(*[fall(tokens=1.4 * STEP * 5) for _ in range(5)])  # 7 steps each
+    assert [stage.steps for stage in plan.stages] == [7] * 5
+    plan = plan_of(*[fall(tokens=int(2.4 * STEP)) for _ in range(5)])  # borders 2.4, 4.8, 7.2, ...
+    assert [stage.first_step for stage in plan.stages] == [0, 2, 5, 7, 10]
+    assert plan.steps == 12
+    # A stage in steps has those, and passes on what the one before it lacks.
+    plan = plan_of(fall(tokens=int(2.4 * STEP)), fall(steps=2), fall(tokens=int(2.4 * STEP)))
+    assert [stage.steps for stage in plan.stages] == [2, 2, 3]
+
+
+def test_a_batch_that_grows():
+    """From 4 to 16 in multiples of 2 ranks x 2, each size for a quarter of the tokens."""
+    grows = {"batch": {"from": 4, "to": 16}}
+    plan = plan_of({"kind": "warmup", "tokens": 200 * STEP, **grows}, fall(steps=3), ranks=2)
+    (stage, _) = plan.stages
+    assert [size.global_batch for size in stage.sizes] == [4, 8, 12, 16]
+    for size in stage.sizes:
+        assert size.steps * size.global_batch * 64 == pytest.approx(50 * STEP, abs=STEP)
+    batches = [plan.at(step).global_batch for step in range(plan.steps)]
+    assert batches == sorted(batches[:-3]) + [8] * 3
+    assert [plan.at(step).micro_batches for step in (0, stage.steps - 1)] == [1, 4]
+    assert stage.tokens == pytest.approx(200 * STEP, abs=STEP)
+    # The rate follows the tokens, not the steps.
+    for step in range(0, stage.steps, 7):
+        now = plan.at(step)
+        done = now.tokens_before + now.global_batch * 64
+        assert now.lr == pytest.approx(done / stage.tokens, rel=1e-12)
+    assert plan.at(stage.steps - 1).lr == 1.0
+    by = {"batch": {"from": 4, "to": 16, "by": 6}, "micro_batch": 1}
+    coarse = plan_of({"kind": "warmup", "tokens": 200 * STEP, **by}, ranks=2).stages[0]
+    assert [size.global_batch for size in coarse.sizes] == [4, 10, 16]
+    # In steps, and in the multiples of an interleaved pipeline
+    pipeline = ["parallel=pp2_vpp2"]
+    steps = plan_of({"kind": "warmup", "steps": 50, **grows}, ranks=2, overrides=pipeline)
+    assert steps.steps == 50
+    assert [size.global_batch for size in steps.stages[0].sizes] == [4, 8, 12, 16]
+    assert plan_of({"kind": "warmup", "steps": 2, **grows}).steps == 2  # fewer steps than sizes
+
+
+def test_what_a_stage_changes_is_its_own():
+    longer = {"context": 128, "batch": 4, "micro_batch": 1, "expert_bias_rate": 0.0}
+    plan = plan_of(fall(steps=2), fall(steps=2, **longer), fall(steps=2), ranks=2)
+    seen = [plan.at(step) for step in (1, 3, 5)]
+    assert [now.context for now in seen] == [64, 128, 64]
+    assert [(now.global_batch, now.micro_batch, now.micro_batches) for now in seen] == [
+        (8, 2, 2),
+        (4, 1, 2),
+        (8, 2, 2),
+    ]
+    assert [now.expert_bias_rate for now in seen] == [1e-3, 0.0, 1e-3]
+    # The third stage goes on in the data of the first.
+    assert [stage.stream for stage in plan.stages] == [0, 1, 0]
+    assert [stream.sequences for stream in plan.streams] == [32, 8]
+    assert plan.longest_context == 128
+    assert plan.streams_from(4).keys() == {0} and plan.streams_from(0).keys() == {0, 1}
+
+
+def test_data_of_a_stage():
+    config = config_of(
+        fall(steps=1),
+        fall(steps=1, data={"paths": ["b", "c"], "packing": "documents"}),
+        fall(steps=1, data={"weights": [1.0, 2.0]}),
+        overrides=("data.paths=[x,y]", "data.weights=[0.5,0.5]"),
+    )
+    first, second, third = (stream.data for stream in validate(config, 1).plan.streams)
+    assert first == config.data
+    assert (second.paths, second.weights, second.packing) == (["b", "c"], None, "documents")
+    assert (third.paths, third.weights) == (["x", "y"], [1.0, 2.0])
+    assert second.split == config.data.split
+
+
+def test_an_end_that_is_passed():
+    """Whoever steps on beyond the end trains as in the last step."""
+    plan = plan_of({"kind": "warmup", "steps": 2}, fall(steps=2))
+    last, past = plan.at(3), plan.at(5)
+    assert (past.lr, past.step, past.tokens_before) == (last.lr, 5, 5 * STEP)
+
+
+def test_what_a_person_reads():
+    config = config_of(
+        {"kind": "warmup", "steps": 2, "batch": {"from": 4, "to": 8}},
+        fall(tokens=16 * STEP, context=128, batch=4),
+    )
+    derived = validate(config, 2)
+    assert derived.lines(config)[2:] == [
+        "stage 1 warmup, steps 2, tokens 768, rate 0 -> 1, context 64, batch 4 -> 8, micro-batch 2",
+        "stage 2 linear, steps 16, tokens 8,192, rate 1 -> 0.1, context 128, batch 4, "
+        "micro-batch 2",
+        "tokens in all 8,960 in 18 steps",
+    ]
+    assert summary(config) == "warmup to 1 for 2 steps, linear to 0.1 for 8,192 tokens"
+
+
+ONE, WARM = fall(steps=1), {"kind": "warmup", "steps": 1}
+
+ERRORS: dict[str, tuple[list[Any], list[str], list[str]]] = {
+    "unknown kind": (
+        [{"kind": "cosin", "steps": 1}],
+        [],
+        ["schedule.stages[0].kind=cosin", "did you mean cosine", "minus_sqrt"],
+    ),
+    "no kind": ([{"steps": 1}], [], ["schedule.stages[0].kind=None"]),
+    "unknown key": (
+        [WARM, fall(steps=1, contxt=3)],
+        [],
+        ["schedule.stages[1].contxt", "did you mean context"],
+    ),
+    "no mapping": (["warmup"], [], ["schedule.stages[0]='warmup'", "mapping"]),
+    "no stages": ([], [], ["schedule.stages=[]"]),
+    "two lengths": ([fall(steps=1, tokens=512)], [], ["steps=1 and tokens=512", "one length"]),
+    "length of half a step": (
+        [WARM, fall(tokens=200)],
+        [],
+        ["schedule.stages[1] (linear) has 200 tokens", "8 x 64 = 512"],
+    ),
+    "fraction of a step": ([fall(steps=1.5)], [], ["schedule.stages[0].steps=1.5", "whole"]),
+    "negative tokens": ([fall(tokens=-1e9)], [], ["schedule.stages[0].tokens=-1000000000.0"]),
+    "a word for a number": ([fall(steps="ten")], [], ["schedule.stages[0].steps='ten'"]),
+    "two open stages": ([fall(), WARM, fall()], [], ["stages[0] and schedule.stages[2] have no"]),
+    "an open stage in an open run": (
+        [WARM, fall()],
+        [],
+        ["schedule.stages[1] has no length", "train.steps", "train.tokens"],
+    ),
+    "nothing left": (
+        [{"kind": "warmup", "steps": 9}, fall()],
+        ["train.steps=9"],
+        ["schedule.stages[1] (linear)", "train.steps=9", "they take 9"],
+    ),
+    "steps that do not add up": (
+        [{"kind": "warmup", "steps": 2}, fall(steps=3)],
+        ["train.steps=9"],
+        ["5 steps (warmup 2 + linear 3)", "train.steps=9", "set train.steps=5 or null"],
+    ),
+    "tokens that do not add up": (
+        [{"kind": "warmup", "steps": 2}, fall(tokens=3.0e3)],
+        ["train.tokens=9.0e3"],
+        ["4,024 tokens (warmup 1,024 + linear 3,000)", "train.tokens=9,000", "train.tokens=4024"],
+    ),
+    "a fall to nowhere": (
+        [{"kind": "cosine", "steps": 1}],
+        [],
+        ["schedule.stages[0] (cosine)", "`to`"],
+    ),
+    "a negative rate": ([fall(steps=1) | {"to": -1}], [], ["schedule.stages[0].to=-1"]),
+    "a warmup to nothing": ([WARM | {"to": 0}], [], ["schedule.stages[0].to=0", "warmup"]),
+    "a rate of nothing": (
+        [fall(steps=1) | {"to": 0}, {"kind": "constant", "steps": 1}],
+        [],
+        ["schedule.stages[1] (constant)", "learning rate 0"],
+    ),
+    "a budget of nothing": ([ONE], ["train.tokens=0"], ["train.tokens=0"]),
+    "a batch by DP x micro-batch": (
+        [ONE, fall(steps=1, batch=6)],
+        [],
+        ["schedule.stages[1].batch=6", "train.micro_batch = 2 x 2 = 4", "batch=4"],
+    ),
+    "a micro-batch of a stage": (
+        [fall(steps=1, micro_batch=3)],
+        [],
+        ["train.global_batch=8", "schedule.stages[0].micro_batch = 2 x 3 = 6"],
+    ),
+    "the end of a growing batch": (
+        [fall(steps=1, batch={"from": 4, "to": 10})],
+        [],
+        ["schedule.stages[0].batch.to=10", "2 x 2 = 4", "batch.to=8"],
+    ),
+    "how a batch grows": (
+        [fall(steps=1, batch={"from": 4, "to": 12, "by": 6})],
+        [],
+        ["schedule.stages[0].batch.by=6", "the 8 that the batch grows by"],
+    ),
+    "by how much a batch grows": (
+        [fall(steps=1, batch={"from": 4, "to": 8, "by": 1})],
+        [],
+        ["schedule.stages[0].batch.by=1", "2 x 2 = 4", "batch.by=4"],
+    ),
+    "a batch that shrinks": ([fall(steps=1, batch={"from": 8, "to": 4})], [], ["must grow"]),
+    "half a growing batch": ([fall(steps=1, batch={"to": 4})], [], ["{'to': 4}", "from: 64"]),
+    "micro-batches when interleaved": (
+        [fall(steps=1, batch=6)],
+        ["parallel=pp2_vpp2"],
+        ["schedule.stages[0].batch=6 makes 3", "schedule.stages[0].batch=8"],
+    ),
+    "a context by its segments": (
+        [ONE, fall(steps=1, context=66)],
+        ["parallel.context=2"],
+        ["schedule.stages[1].context=66", "multiple of 4", "schedule.stages[1].context=64"],
+    ),
+    "packing of a stage": (
+        [ONE, fall(steps=1, data={"packing": "best_fit", "overlong": "carry"})],
+        [],
+        ["schedule.stages[1].data.overlong=carry", "schedule.stages[1].data.packing=best_fit"],
+    ),
+    "a choice in the data of a stage": (
+        [fall(steps=1, data={"packing": "loose"})],
+        [],
+        ["schedule.stages[0].data.packing=loose", "best_fit"],
+    ),
+    "an unknown key of the data": (
+        [fall(steps=1, data={"path": ["a"]})],
+        [],
+        ["schedule.stages[0].data.path", "did you mean paths"],
+    ),
+    "a type in the data": (
+        [fall(steps=1, data={"num_workers": "many"})],
+        [],
+        ["schedule.stages[0].data.num_workers", "many"],
+    ),
+    "another tokenizer": (
+        [fall(steps=1, data={"tokenizer": "byte"})],
+        [],
+        ["schedule.stages[0].data.tokenizer", "data.tokenizer"],
+    ),
+    "a negative bias rate": (
+        [fall(steps=1, expert_bias_rate=-1.0)],
+        [],
+        ["schedule.stages[0].expert_bias_rate=-1.0"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_the_stage_the_rule_and_the_remedy(case):
+    stages, overrides, expected = ERRORS[case]
+    with pytest.raises(ConfigError) as caught:
+        derived_of(*stages, ranks=2, overrides=overrides)
+    for text in expected:
+        assert text in str(caught.value)
+
+
+def test_stages_from_the_command_line():
+    stages = "[{kind:warmup,tokens:1e3,batch:{from:2,to:8}},{kind:cosine,steps:2,to:1e-4}]"
+    config = compose([*WHOLE, "train.steps=null", f"schedule.stages={stages}"])
+    first, second = read_stages(config)
+    assert (first.tokens, first.batch, second.to) == (1000, (2, 8), 1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(sorted(RATES)),
+            st.booleans(),
+            st.integers(1, 20),
+            st.sampled_from([32, 64, 128]),
+            st.integers(1, 4),
+            st.integers(0, 5),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_a_plan_is_one_run(drawn):
+    """Stages follow one another without gaps; a token and its step find each other."""
+    stages = []
+    for kind, in_steps, length, context, batch, growth in drawn:
+        size: Any = 4 * batch
+        if growth:
+            size = {"from": 4 * batch, "to": 4 * (batch + growth)}
+        unit = (
+            {"steps": length} if in_steps else {"tokens": length * 4 * (batch + growth) * context}
+        )
+        stages.append({"kind": kind, "to": 0.5, "context": context, "batch": size, **unit})
+    plan = plan_of(*stages, ranks=2)
+    assert plan.steps == sum(stage.steps for stage in plan.stages)
+    assert all(stage.steps > 0 and stage.tokens > 0 for stage in plan.stages)
+    for stage, said in zip(plan.stages, stages, strict=True):
+        assert stage.batch == said["batch"]["to"] if isinstance(said["batch"], dict) else True
+        assert stage.steps == said.get("steps", stage.steps)
+    token = 0
+    for step in range(plan.steps):
+        now = plan.at(step)
+        assert now.tokens_before == token
+        assert now.micro_batches * 2 * now.micro_batch == now.global_batch
+        assert plan.step_at(token) == step
+        token += now.global_batch * now.context
+        assert plan.step_at(token - 1) == step
+        assert 0 < now.lr <= 1.0
+    assert token == plan.tokens
+    assert sum(s.sequences * s.context for s in plan.streams) == token
