@@ -13,12 +13,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 SOURCES := megakda tools tests setup.py
 
-.PHONY: help quickstart test test-parity test-peers lint format kernel-report docs-figures clean
+.PHONY: help quickstart test test-parity test-recipes test-peers lint format kernel-report docs-figures clean
 
 help:
 	@echo "make quickstart    environment, a small model trained on 2 CPU ranks, exported, a sample, a plot"
 	@echo "make test          the test suite (2 cores, no GPU)"
 	@echo "make test-parity   context parallelism in all combinations of its choices (hours)"
+	@echo "make test-recipes  every recipe with scale=smoke, 20 steps on 2 CPU ranks"
 	@echo "make test-peers    FLA=checkout: flash-linear-attention's tests of KDA on our operators"
 	@echo "make lint          ruff and mypy"
 	@echo "make format        ruff's formatter and import order"
@@ -49,6 +50,9 @@ test: $(VENV)/.dev
 
 test-parity: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q -m "parity or not parity" tests/parallel/test_context_parity.py
+
+test-recipes: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q -m "recipes or not recipes" tests/test_recipes.py
 
 # fla-core lies apart from the environment, where transformers would find it and use it.
 $(VENV)/peers: $(VENV)/.dev
