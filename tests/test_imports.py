@@ -36,6 +36,7 @@ RANKS = {
     "megakda.trainer": 7,
     # Where a person comes in.
     "megakda.train": 8,
+    "megakda.plan": 8,
     "megakda.inference": 8,
     "megakda.bench": 9,
     "megakda.evaluation": 9,
@@ -56,6 +57,8 @@ NO_MEGATRON = [
     "megakda.data.tokenizer",
     "megakda.data.tokenizer_base",
     "megakda.data.tiktoken_tokenizer",
+    "megakda.data.chat",
+    "megakda.data.chat_template",
     "megakda.data.preprocess",
     "megakda.data.indexed",
     "megakda.data.corpus",
@@ -78,6 +81,7 @@ NO_MEGATRON = [
     "megakda.metrics.writers",
     "megakda.metrics.progress",
     "megakda.metrics.plot",
+    "megakda.metrics.schedule_plot",
     "megakda.models.params",
     "megakda.models.flops",
 ]

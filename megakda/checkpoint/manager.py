@@ -220,10 +220,11 @@ def _bytes_to_write(chunks: list[ModelChunk], optimizer: Any) -> int:
     # replicated weights; the sum over ranks is divided by the replication of the bulk.
     local = sum(p.numel() * p.element_size() for c in chunks for p in c.parameters())
     shards = sum(
-        p.numel() * 12  # fp32 main parameter and two moments
-        for group in optimizer.param_groups
+        4 * p.numel() * (1 + len(part.optimizer.state.get(p, (None, None))))
+        for part in optimizer.chained_optimizers
+        for group in part.optimizer.param_groups
         for p in group["params"]
-    )
+    )  # fp32 main parameter and its moments; two before the first step
     total = torch.tensor(
         [float(local), float(shards)], dtype=torch.float64, device=torch.cuda.current_device()
     )

@@ -85,6 +85,7 @@ def validate(config: Config, world_size: int) -> Derived:
         _check_choices(stage.data, f"{stage.key('data')}.")
         _check_context(config, stage.key("context"), stage.context)
         _check_packing(stage)
+    _check_optimizer(config)
     if config.runtime.attention == "flash_attn" and config.precision != "bf16":
         raise ConfigError(
             f"runtime.attention=flash_attn with precision={config.precision}: flash-attn takes "

@@ -84,12 +84,14 @@ class MatrixExchange:
         for rank, theirs in enumerate(everyone):
             for index, part in enumerate(theirs):
                 holders[part.block.matrix].append((rank, index))
-        # Matrices of one shape follow each other, to be orthogonalised together.
+        # What this rank orthogonalises: where the elements come from and where results go.
         self.owned: list[Matrix] = []
         self._sources: dict[Matrix, dict[Block, list[_Transfer]]] = {}
-        self._gathers: list[list[tuple[int, int, int]]] = [[] for _ in everyone]  # by destination
-        self._returns: list[list[tuple[Block, int, int]]] = [[] for _ in everyone]
-        self._arrivals: list[list[int]] = [[] for _ in everyone]  # results for held, by owner
+        self._targets: dict[Matrix, list[tuple[int, int, Held]]] = {}
+        # What this rank holds of others' matrices, by owner: ranges sent, and those that come back.
+        self._gathers: list[list[tuple[int, int, int]]] = [[] for _ in everyone]
+        self._arrivals: list[list[int]] = [[] for _ in everyone]
+        # Matrices of one shape follow each other, to be orthogonalised together.
         for matrix in sorted(holders, key=lambda m: (m.rows, m.columns, m.name)):
             owner = self.owners[matrix]
             by_block: dict[Block, list[tuple[int, int]]] = defaultdict(list)
@@ -99,46 +101,39 @@ class MatrixExchange:
                 block: list(_cover(block, parts, everyone, owner))
                 for block, parts in by_block.items()
             }
-            for transfers in sources.values():
-                for transfer in transfers:
-                    if transfer.source == self.rank and owner != self.rank:
-                        entry = (transfer.source_index, transfer.start, transfer.end)
-                        self._gathers[owner].append(entry)
             if owner == self.rank:
                 self.owned.append(matrix)
                 self._sources[matrix] = sources
-            for rank, index in holders[matrix]:
-                part = everyone[rank][index]
-                if owner == self.rank:
-                    self._returns[rank].append(part)
-                if rank == self.rank:
-                    self._arrivals[owner].append(index)
+                self._targets[matrix] = [(r, i, everyone[r][i]) for r, i in holders[matrix]]
+                continue
+            for transfers in sources.values():
+                for source, index, start, end in transfers:
+                    if source == self.rank:
+                        self._gathers[owner].append((index, start, end))
+            self._arrivals[owner] += [index for r, index in holders[matrix] if r == self.rank]
 
     @property
     def bytes(self) -> Bytes:
         """What this rank sends to others in one step."""
         width = torch.empty((), dtype=self.dtype).element_size()
-        others = [rank for rank in range(self.group.size()) if rank != self.rank]
+        targets = (target for matrix in self.owned for target in self._targets[matrix])
         return Bytes(
-            gathered=width * sum(e - s for rank in others for _, s, e in self._gathers[rank]),
-            returned=width * sum(e - s for rank in others for _, s, e in self._returns[rank]),
+            gathered=width * sum(e - s for entries in self._gathers for _, s, e in entries),
+            returned=width * sum(part.end - part.start for r, _, part in targets if r != self.rank),
         )
 
-    def orthogonalize(self, updates: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The held parts of U V^T of each matrix U S V^T. A collective call.
+    def orthogonalize(self, updates: Sequence[torch.Tensor]) -> None:
+        """Each matrix U S V^T becomes U V^T, in the held parts. A collective call.
 
         Args:
-            updates: one flat tensor per held range.
-
-        Returns:
-            Flat tensors of the same sizes, fp32.
+            updates: one flat fp32 tensor per held range; overwritten.
         """
         received = self._gather(updates)
-        blocks: dict[Block, torch.Tensor] = {}
+        results: list[list[torch.Tensor]] = [[] for _ in self._gathers]  # by destination
         for shape, same in groupby(self.owned, key=lambda m: (m.rows, m.columns)):
             for batch in _batches(list(same), shape):
-                self._orthogonalize(batch, updates, received, blocks)
-        return self._return(blocks)
+                self._orthogonalize(batch, updates, received, results)
+        self._return(results, updates)
 
     def _gather(self, updates: Sequence[torch.Tensor]) -> list[Iterator[torch.Tensor]]:
         """Per source, what it has sent, in the order in which `_orthogonalize` asks for it."""
@@ -162,44 +157,39 @@ class MatrixExchange:
         matrices: list[Matrix],
         updates: Sequence[torch.Tensor],
         received: list[Iterator[torch.Tensor]],
-        blocks: dict[Block, torch.Tensor],
+        results: list[list[torch.Tensor]],
     ) -> None:
-        """Puts matrices of one shape together and their results, block by block, into `blocks`."""
+        """Matrices of one shape; results go into `updates`, or into `results` for other ranks."""
         joint = torch.empty(
             len(matrices), matrices[0].rows, matrices[0].columns, dtype=self.dtype, device=_device()
         )
         for place, matrix in zip(joint, matrices, strict=True):
             for block, transfers in self._sources[matrix].items():
-                flat = torch.empty(block.size, dtype=self.dtype, device=joint.device)
-                for source, index, start, end in transfers:
-                    if source == self.rank:
-                        first = self.held[index].start
-                        flat[start:end] = updates[index][start - first : end - first]
-                    else:
-                        flat[start:end] = next(received[source])
+                parts = [
+                    next(received[source])
+                    if source != self.rank
+                    else updates[index][start - self.held[index].start :][: end - start]
+                    for source, index, start, end in transfers
+                ]
+                flat = parts[0] if len(parts) == 1 else torch.cat(parts)
                 _part(place, block).copy_(flat.view(block.rows, block.columns))
         for place, matrix in zip(orthogonalize(joint, self.steps), matrices, strict=True):
-            for block in self._sources[matrix]:
-                blocks[block] = _part(place, block).reshape(-1)
+            blocks = {block: _part(place, block).flatten() for block in self._sources[matrix]}
+            for rank, index, (block, start, end) in self._targets[matrix]:
+                part = blocks[block][start:end]
+                if rank == self.rank:
+                    updates[index].copy_(part)
+                else:  # a copy, so that the batch's memory is free again
+                    results[rank].append(part.clone())
 
-    def _return(self, blocks: dict[Block, torch.Tensor]) -> list[torch.Tensor]:
-        outgoing = [
-            [blocks[block][start:end] for block, start, end in entries]
-            for rank, entries in enumerate(self._returns)
-        ]
-        mine = outgoing[self.rank]
-        outgoing[self.rank] = []
+    def _return(self, results: list[list[torch.Tensor]], updates: Sequence[torch.Tensor]) -> None:
         expected = [
-            [] if rank == self.rank else [self.held[i].end - self.held[i].start for i in indices]
-            for rank, indices in enumerate(self._arrivals)
+            [self.held[index].end - self.held[index].start for index in indices]
+            for indices in self._arrivals
         ]
-        received = self._exchange(outgoing, expected)
-        received[self.rank] = iter(mine)
-        results: list[torch.Tensor] = [torch.empty(0)] * len(self.held)
-        for rank, indices in enumerate(self._arrivals):
+        for indices, arrived in zip(self._arrivals, self._exchange(results, expected), strict=True):
             for index in indices:
-                results[index] = next(received[rank]).float()
-        return results
+                updates[index].copy_(next(arrived))
 
     def _exchange(
         self,

@@ -84,29 +84,32 @@ class Muon(AdamW):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter."""
         assert closure is None
-        settings: dict[torch.Tensor, dict[str, Any]] = {}
         for group in self.param_groups:
             group["step"] = int(group.get("step", 0)) + 1
             self.update(group, [p for p in group["params"] if p not in self._is_matrix])
-            settings.update((p, group) for p in group["params"] if p in self._is_matrix)
 
-        directions = self._directions()
-        sources = [
-            directions[main].view(-1)[first : first + held.end - held.start]
+        updates = self._directions()
+        parts = [
+            updates[main].view(-1)[first : first + held.end - held.start]
             for held, (main, first, _) in zip(self.exchange.held, self._places, strict=True)
         ]
-        results = self.exchange.orthogonalize(sources)
-        # The directions are of no more use; their memory takes the updates.
-        for source, result, (_, _, scale) in zip(sources, results, self._places, strict=True):
-            torch.mul(result, scale, out=source)
-        for main, update in directions.items():
-            if self.observer is not None:
+        self.exchange.orthogonalize(parts)
+        if parts:
+            torch._foreach_mul_(parts, [scale for _, _, scale in self._places])
+        if self.observer is not None:
+            for main, update in updates.items():
                 self.observer(main, update)
-            lr = settings[main]["lr"]
-            main.mul_(1 - lr * settings[main]["weight_decay"]).add_(update, alpha=-lr)
+        for group in self.param_groups:
+            mains = [p for p in group["params"] if p in self._is_matrix]
+            if mains:
+                torch._foreach_mul_(mains, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(mains, [updates[p] for p in mains], alpha=-group["lr"])
 
     def _directions(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Per shard of matrices, its momentum after this step's gradient, with Nesterov's look."""
+        """Per shard of matrices, its momentum after this step's gradient, with Nesterov's look.
+
+        It takes the memory of the gradients, which nobody reads after the update.
+        """
         shards, momentum = self._matrix_shards, self.muon.momentum
         if not shards:
             return {}
@@ -114,10 +117,10 @@ class Muon(AdamW):
         averages = [self.state[shard]["exp_avg"] for shard in shards]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
         if self.muon.nesterov:
-            directions = list(torch._foreach_lerp(grads, averages, momentum))
+            torch._foreach_lerp_(grads, averages, momentum)
         else:
-            directions = [average.clone() for average in averages]
-        return dict(zip(shards, directions, strict=True))
+            torch._foreach_copy_(grads, averages)
+        return dict(zip(shards, grads, strict=True))
 
 
 def newton_schulz_dtype(config: MuonConfig) -> torch.dtype:

@@ -48,8 +48,9 @@ class QKClip:
             if isinstance(module, MultiLatentAttention) and self.tau is not None
         ]
         self._found = torch.empty(0)  # [layers here, heads here], the largest logits of a step
-        for part in optimizer.chained_optimizers if self._layers else ():
-            mine = [shard for shard in shards(part) if shard.param in self._weights()]
+        weights = {weight for layer in self._layers for weight in _scaled_weights(layer)}
+        for part in optimizer.chained_optimizers if weights else ():
+            mine = [shard for shard in shards(part) if shard.param in weights]
             if mine:
                 part.optimizer.register_step_post_hook(
                     lambda *_, mine=mine: self._clip(mine)  # type: ignore[misc]
@@ -94,23 +95,21 @@ class QKClip:
         layers = {
             str(number): value
             for number, value in enumerate(largest.tolist(), start=1)
-            if value > -math.inf
+            if value != -math.inf  # a NaN is to be seen
         }
         if not layers:
             return {}
         heads = len(layers) * self._num_heads
         return {"max_logit": layers, "qk_clip_share": int(above) / copies / heads}
 
-    def _weights(self) -> set[torch.nn.Parameter]:
-        return {weight for layer in self._layers for weight in _scaled_weights(layer)}
-
     @torch.no_grad()
     def _clip(self, mine: Sequence[Shard]) -> None:
         """Scales this rank's shards of the weights of heads above tau."""
         assert self.tau is not None
         factors: dict[torch.nn.Parameter, torch.Tensor] = {}
-        for layer, largest in zip(self._layers, self._found, strict=True):
-            if bool((largest > self.tau).any()):
+        above = (self._found > self.tau).any(dim=1).tolist()
+        for layer, largest, clips in zip(self._layers, self._found, above, strict=True):
+            if clips:
                 factors.update(row_factors(layer, gammas(largest, self.tau)))
         for shard in mine:
             rows = factors.get(shard.param)

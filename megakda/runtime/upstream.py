@@ -101,15 +101,67 @@ def _momentum_only(module: ModuleType) -> dict[str, Any]:
     return {}
 
 
+def _padded_buckets(module: ModuleType) -> dict[str, Any]:
+    # Saving puts buckets together without the padding between them and then cuts parameters out by
+    # offsets that count it: every parameter after the first padded bucket (with overlapped gradient
+    # reduction there are several) is saved from its neighbours' data. Counting the padding as part
+    # of the buckets while they are put together makes both agree.
+    optimizer = module.DistributedOptimizer
+    original = optimizer.get_parameter_state_dp_zero
+
+    def padded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes = [(buffer, buffer.numel_unpadded, buffer.numel) for buffer in self.buffers]
+        for buffer in self.buffers:
+            sizes += [(b, b.numel_unpadded, b.grad_data.numel()) for b in buffer.buckets]
+        try:
+            for whole, _, size in sizes:
+                whole.numel_unpadded = size
+            return original(self, *args, **kwargs)
+        finally:
+            for whole, size, _ in sizes:
+                whole.numel_unpadded = size
+
+    optimizer.get_parameter_state_dp_zero = padded
+    return {}
+
+
+def _no_gather_by_parts(module: ModuleType) -> dict[str, Any]:
+    # Each part of a chained optimizer (dense weights, experts) gathers the parameters of all
+    # chunks after its own update: twice the traffic, and the first time before the experts have
+    # changed. `_one_gather` does it once, after the last part.
+    optimizer = module.DistributedOptimizer
+    optimizer.step_with_ready_grads = module.MixedPrecisionOptimizer.step_with_ready_grads
+    return {}
+
+
+def _one_gather(module: ModuleType) -> dict[str, Any]:
+    chained = module.ChainedOptimizer
+    original = chained.step_with_ready_grads
+
+    @torch.no_grad()
+    def step_with_ready_grads(self: Any) -> bool:
+        done = original(self)
+        for chunk in self.model_chunks:
+            settings = chunk.ddp_config
+            if settings.use_distributed_optimizer and not settings.overlap_param_gather:
+                chunk.start_param_sync()
+        return done
+
+    chained.step_with_ready_grads = step_with_ready_grads
+    return {}
+
+
 def patches(backend: str) -> Patches:
     """The patches for `runtime.backend`; with TransformerEngine its own FusedAdam stays."""
     table: Patches = {
         "transformer.moe.moe_utils": _router_gemm,
         "tensor_parallel.random": _checkpoint_without_output,
         "tensor_parallel.mappings": _lost_reduction,
+        "optimizer.optimizer": _one_gather,
         "optimizer.distrib_optimizer": _mixed_dtype_groups,
     }
-    table = merge(table, {"optimizer.distrib_optimizer": _momentum_only})
+    for patch in (_momentum_only, _padded_buckets, _no_gather_by_parts):
+        table = merge(table, {"optimizer.distrib_optimizer": patch})
     if backend == "torch":
         table = merge(
             table,

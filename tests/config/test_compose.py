@@ -13,7 +13,7 @@ from megakda.errors import ConfigError
 def test_every_recipe_of_every_group_composes():
     for path in sorted(recipes_dir().rglob("*.yaml")):
         group = path.parent.relative_to(recipes_dir())
-        if str(group) != ".":
+        if str(group) not in (".", "cluster"):  # clusters are read by the planner alone
             name = path.relative_to(recipes_dir() / group.parts[0]).with_suffix("")
             compose([f"{group.parts[0]}={name}"])
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -36,6 +39,66 @@ def train(overrides: Sequence[str], corpus: Any, steps: int) -> dict:
             "matrices": sum(a.param.numel() for a in run.assignments if a.blocks),
             "bytes": [muon.exchange.bytes for muon in inner],
         }
+
+
+@contextmanager
+def small_buckets(size: int) -> Iterator[None]:
+    """Gradient buckets of about `size` elements, for models too small to have several."""
+    import megakda.trainer
+
+    settings = megakda.trainer.DistributedDataParallelConfig
+    small = functools.partial(settings, bucket_size=size)
+    with mock.patch.object(megakda.trainer, "DistributedDataParallelConfig", small):
+        yield
+
+
+def fit(overrides: Sequence[str], corpus: Any, out: str, bucket_size: int) -> dict:
+    """`jobs.fit` with small buckets."""
+    with small_buckets(bucket_size):
+        return jobs.fit(overrides, corpus, out)
+
+
+def padded_buckets(overrides: Sequence[str], corpus: Any, bucket_size: int) -> int:
+    """How many buckets have padding at their end."""
+    with small_buckets(bucket_size), jobs.trainer(overrides, corpus) as run:
+        buffers = [buffer for chunk in run.chunks for buffer in chunk.buffers]
+        buckets = [bucket for buffer in buffers for bucket in buffer.buckets]
+        return sum(bucket.grad_data.numel() != bucket.numel_unpadded for bucket in buckets)
+
+
+def telemetry(overrides: Sequence[str], corpus: Any) -> dict:
+    """update_rms and weight_rms of one step."""
+    with jobs.trainer([*MUON, *overrides], corpus) as run:
+        run.telemetry.watch(True)
+        run.step(run._batches(run.datasets.train, 0))
+        found = run.telemetry.collect()
+        return {name: found[name] for name in ("update_rms", "weight_rms")}
+
+
+def skipped(corpus: Any) -> bool:
+    """Whether a step with a loss that is not finite leaves momentum and update sizes alone."""
+    with jobs.trainer([*MUON, "optim.qk_clip=0.01"], corpus) as run:
+        run.step(run._batches(run.datasets.train, 0))
+        before = [s["exp_avg"].clone() for s in _states(run)]
+        weights = [param.detach().clone() for c in run.chunks for param in c.parameters()]
+
+        def poisoned(batches: Iterator[Any]) -> Iterator[Any]:
+            for batch in batches:
+                yield {**batch, "loss_mask": batch["loss_mask"] * float("inf")}
+
+        run.telemetry.watch(True)
+        batches = [poisoned(b) for b in run._batches(run.datasets.train, 0)]
+        assert run.step(batches).problem is not None
+        after = [param for c in run.chunks for param in c.parameters()]
+        return (
+            all(torch.equal(x, s["exp_avg"]) for x, s in zip(before, _states(run), strict=True))
+            and all(torch.equal(x, y) for x, y in zip(weights, after, strict=True))
+            and "update_rms" not in run.telemetry.collect()
+        )
+
+
+def _states(run: Any) -> list[dict[str, torch.Tensor]]:
+    return [s for part in run.optimizer.chained_optimizers for s in part.optimizer.state.values()]
 
 
 def against_reference(corpus: Any, steps: int) -> dict[str, float]:

@@ -22,7 +22,8 @@ LAYOUTS = {
     "ep2": (2, ["parallel=ep2"]),
     "tp2_dp2": (4, ["parallel=tp2"]),
     "tp2_etp2_dp2": (4, ["parallel=tp2", "parallel.expert_tensor=2"]),
-    "pp2": (2, ["parallel=pp2"]),
+    "etp2": (2, ["parallel.expert_tensor=2"]),
+    "pp2_no_experts": (2, ["parallel=pp2", "parallel.pipeline_layers=[1,3]"]),
     "pp2_vpp2_dp2": (4, ["parallel=pp2_vpp2"]),
     "cp2": (2, ["parallel.context=2"]),
     "dp2_overlap": (
@@ -100,14 +101,12 @@ def test_ten_steps_are_those_of_one_rank(ranks, corpus, one_rank, layout):
 
 
 def test_groups_of_heads_are_matrices_at_any_layout(ranks, corpus, one_rank):
-    overrides = ["optim.muon.heads_per_matrix=2"]
+    # Six heads in groups of two: tensor-parallel ranks with three each cut the middle group.
+    overrides = ["model.num_heads=6", "optim.muon.heads_per_matrix=2"]
     expected = one_rank(*overrides)
-    assert any("q_proj.weight[48:96]" in name for name in expected["owned"])
+    groups = [name for name in expected["owned"] if "layers.0.self_attention.q_proj" in name]
+    assert sorted(group.split("[")[1] for group in groups) == ["0:48]", "48:96]", "96:144]"]
     check(ranks.run(2, muon_jobs.train, [*overrides, "parallel=tp2"], corpus, 10), expected)
-    # Groups that tensor-parallel ranks cut in two.
-    overrides = ["optim.muon.heads_per_matrix=4"]
-    check(ranks.run(2, muon_jobs.train, [*overrides, "parallel=tp2"], corpus, 10), one_rank())
-    assert one_rank(*overrides)["weights"].keys() == expected["weights"].keys()
 
 
 def test_momentum_is_sharded_and_work_is_spread(ranks, corpus):
@@ -199,6 +198,41 @@ def test_another_layout_continues_the_same_run(ranks, corpus, tmp_path, move):
     assert moved["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE)
     for name, weight in whole["weights"].items():
         assert (moved["weights"][name] - weight).abs().max() < TOLERANCE, name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_padded_buckets_are_saved_as_they_are(ranks, corpus, tmp_path, optimizer):
+    """megatron-core alone would save the parameters of later buckets from shifted data."""
+    overrides = [f"optim={optimizer}", "parallel.overlap_grad_reduce=true"]
+
+    def fit(steps, out):
+        arguments = [*overrides, f"train.steps={steps}"]
+        return ranks.run(2, muon_jobs.fit, arguments, corpus, str(out), 20_000)[0]
+
+    whole = fit(3, tmp_path / "whole")
+    fit(2, tmp_path / "parts")
+    parts = fit(3, tmp_path / "parts")
+    assert ranks.run(2, muon_jobs.padded_buckets, overrides, corpus, 20_000)[0] > 1
+    assert parts["loss"] == whole["loss"]
+    for name, weight in whole["weights"].items():
+        assert torch.equal(parts["weights"][name], weight), name
+
+
+def test_sizes_of_updates_and_weights(ranks, corpus):
+    one = ranks.run(1, muon_jobs.telemetry, [], corpus)[0]
+    assert set(one["update_rms"]) == set(one["weight_rms"])
+    for group in ("linear_attention", "full_attention", "experts", "dense_ffn", "router"):
+        assert 0.15 < one["update_rms"][group] < 0.25, group  # 0.2 of AdamW's size
+    assert one["weight_rms"]["experts"] == pytest.approx(0.02, rel=0.05)
+    for world, overrides in ((2, ["parallel=tp2"]), (4, ["parallel=pp2", "parallel.expert=2"])):
+        found = ranks.run(world, muon_jobs.telemetry, overrides, corpus)[0]
+        for name, groups in one.items():
+            assert found[name] == pytest.approx(groups, rel=1e-5)
+
+
+def test_a_skipped_step_leaves_no_trace(ranks, corpus):
+    found = ranks.run(2, muon_jobs.skipped, corpus)
+    assert all(found)
 
 
 def test_owners_hold_a_part_and_share_the_work():
