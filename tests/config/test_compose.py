@@ -249,6 +249,21 @@ RULES = {
         1,
         ["schedule.warmup_steps=10", "train.steps=5"],
     ),
+    "tau of zero": (["optim.qk_clip=0"], 1, ["optim.qk_clip=0", "positive", "null"]),
+    "negative tau": (["optim.qk_clip=-3"], 1, ["optim.qk_clip=-3", "positive"]),
+    "tau is no number": (["optim.qk_clip=nan"], 1, ["optim.qk_clip=nan", "positive"]),
+    "momentum": (["optim.muon.momentum=1.0"], 1, ["optim.muon.momentum=1.0", "[0, 1)"]),
+    "newton-schulz": (
+        ["optim.muon.newton_schulz_steps=0"],
+        1,
+        ["optim.muon.newton_schulz_steps=0", "at least 1"],
+    ),
+    "update size": (["optim.muon.update_rms=0"], 1, ["optim.muon.update_rms=0", "positive"]),
+    "groups of heads": (
+        ["optim.muon.heads_per_matrix=3"],
+        1,
+        ["optim.muon.heads_per_matrix=3", "model.num_heads=4"],
+    ),
     "recompute module": (
         ["parallel.recompute=selective", "parallel.recompute_modules=[attn]"],
         1,
