@@ -19,10 +19,7 @@ from typing import NamedTuple
 import torch
 
 from megakda.optim.matrices import Block, Matrix
-from megakda.optim.newton_schulz import flops, orthogonalize
-
-BATCH_ELEMENTS = 1 << 26
-"""Of the matrices that are orthogonalised at once, to bound temporary memory."""
+from megakda.optim.newton_schulz import BATCH_ELEMENTS, flops, orthogonalize
 
 IMBALANCE = 1.1
 """Work of a rank over the mean at which a matrix goes to another holder than its largest."""

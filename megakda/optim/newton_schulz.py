@@ -10,6 +10,9 @@ have grown near 1 between about 0.7 and 1.2."""
 
 EPS = 1e-7
 
+BATCH_ELEMENTS = 1 << 26
+"""Of the matrices that are orthogonalised at once, to bound temporary memory."""
+
 
 def orthogonalize(x: torch.Tensor, steps: int) -> torch.Tensor:
     """U V^T of each matrix U S V^T, roughly: singular values end near 1, not at it.

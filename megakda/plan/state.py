@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megakda.config import Config, Derived
+from megakda.optim.newton_schulz import BATCH_ELEMENTS
 from megakda.plan.probe import Weight
 
 FP32 = 4
+NEWTON_SCHULZ = 2  # bytes of an element in bf16
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128  # elements; with the distributed optimizer
 
 
@@ -159,9 +161,13 @@ def state_of(
         if buffer.element_bytes != FP32:
             main += (matrices + others) * FP32
         moments += ((1 if muon else 2) * matrices + 2 * others) * FP32
-        # AdamW: the denominators. Muon: directions and results in fp32; in Newton-Schulz's dtype,
-        # bf16 on a GPU, what has come in, the joint matrices and their updates.
-        step += ((2 * FP32 + 3 * 2 if muon else FP32) * matrices) + FP32 * others
+        # AdamW: the denominators. Muon, in Newton-Schulz's dtype: at most all that a rank holds
+        # leaves and as much arrives, and a batch of matrices with four tensors of an iteration.
+        step += FP32 * others
+        if muon:
+            step += (2 * matrices + 5 * min(matrices, BATCH_ELEMENTS)) * NEWTON_SCHULZ
+        else:
+            step += FP32 * matrices
     return State(weights, gradients, main, moments, step)
 
 
