@@ -36,9 +36,10 @@ def test_steps_to_the_loss_where_adamw_ends():
     assert run("muon", 1e-3, 1, 2.0, 1.9, 2.1).reaches(1.95) == 20
     assert run("muon", 1e-3, 1, 2.0, 1.9, 2.1).reaches(1.0) is None
     text = "\n".join(report(RUNS, SETTINGS, ENVIRONMENT))
-    # AdamW ends at 2.05 on average: one seed gets there, the other does not; so does Muon's second.
-    assert "| AdamW | 0.002 | 2.0000, 2.1000 | 2.0500 | 30, not reached |" in text
-    assert "| Muon | 0.004 | 1.8000, 2.0600 | 1.9300 | 20, not reached |" in text
+    assert "| 1 | 2.0000 | 1.8000 | 20 steps | 67% |" in text
+    assert "| 2 | 2.1000 | 2.0600 | 30 steps | 100% |" in text
+    worse = [*RUNS[:-1], run("muon", 4e-3, 2, 2.6, 2.3, 2.2)]
+    assert "| 2 | 2.1000 | 2.2000 | never | - |" in "\n".join(report(worse, SETTINGS, ENVIRONMENT))
     assert "| 0.002 | **2.0000** | 1.9000 |" in text
     assert "The best rate of Muon lies at the edge of the grid." in text
 
