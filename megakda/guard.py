@@ -15,8 +15,8 @@ class Guard:
     """Judges each step from its loss and gradient norm.
 
     A step is bad when either is not finite, or when the loss exceeds the mean of the last
-    `spike_window` good ones by `spike_sigmas` standard deviations (0 switches that off). Its update
-    is skipped. `max_bad_steps` in a row end the run.
+    `spike_window` good ones of the same data and context by `spike_sigmas` standard deviations (0
+    switches that off). Its update is skipped. `max_bad_steps` in a row end the run.
     """
 
     def __init__(self, config: GuardConfig):
@@ -24,16 +24,27 @@ class Guard:
         self.skipped = 0  # over the whole run
         self.in_a_row = 0
         self._losses: deque[float] = deque(maxlen=config.spike_window)
+        self._stream: str | None = None
 
-    def judge(self, loss: float, grad_norm: float) -> str | None:
+    def judge(self, loss: float | None, grad_norm: float, stream: str | None = None) -> str | None:
         """What is wrong with this step, or None where it may update the weights.
 
         Every rank passes the same numbers and gets the same answer.
+
+        Args:
+            loss: None where no token counts, which is no problem and says nothing.
+            grad_norm: before clipping.
+            stream: tells data and context; others than before have losses of their own, to which
+                the window does not compare.
         """
+        if self._stream not in (None, stream):
+            self._losses.clear()
+        self._stream = stream
         problem = self._problem(loss, grad_norm)
         if problem is None:
             self.in_a_row = 0
-            self._losses.append(loss)
+            if loss is not None:
+                self._losses.append(loss)
         else:
             self.skipped += 1
             self.in_a_row += 1
@@ -54,25 +65,27 @@ class Guard:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, for the checkpoint."""
+        """Plain numbers and a name, for the checkpoint."""
         return {
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
             "losses": list(self._losses),
+            "stream": self._stream,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The counterpart of `state_dict`."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self._losses = deque(state["losses"], maxlen=self.config.spike_window)
+        self._stream = state.get("stream")  # None: from before it was noted
 
-    def _problem(self, loss: float, grad_norm: float) -> str | None:
-        if not math.isfinite(loss):
+    def _problem(self, loss: float | None, grad_norm: float) -> str | None:
+        if loss is not None and not math.isfinite(loss):
             return f"the loss is {loss}"
         if not math.isfinite(grad_norm):
             return f"the gradient norm is {grad_norm}"
         full = len(self._losses) == self.config.spike_window
-        if self.config.spike_sigmas > 0 and full:
+        if self.config.spike_sigmas > 0 and full and loss is not None:
             mean, spread = fmean(self._losses), pstdev(self._losses)
             limit = mean + self.config.spike_sigmas * spread
             if loss > limit:

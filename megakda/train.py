@@ -37,17 +37,18 @@ def run(config: Config) -> None:
     # megatron-core is imported below this line only: install() adapts it on import.
     from megakda.checkpoint import manager as checkpoints
     from megakda.data.datasets import build_datasets, prepare_data
-    from megakda.trainer import Trainer
+    from megakda.trainer import Trainer, checkpoint_root, resume_point
 
     with contextlib.ExitStack() as stack:
         if rank() == 0:
-            needed = _streams(config, derived).values()
+            resumed = checkpoints.resolve(config.train.resume, checkpoint_root(config))
+            needed = _streams(derived, resumed).values()
             if config.train.weights is not None:
                 checkpoints.find(config.train.weights, "train.weights")
             prepare_data(config, streams=needed)
             stack.enter_context(claim_folder(Path(config.train.out)))
         stack.enter_context(process_groups(config.parallel, config.runtime, device))
-        streams = _streams(config, derived)
+        streams = _streams(derived, resume_point(config))
         corpus = prepare_data(config, scan=False, streams=streams.values())
         datasets = build_datasets(config, corpus, streams)
         trainer = Trainer(config, derived, corpus.tokenizer, datasets)
@@ -56,13 +57,11 @@ def run(config: Config) -> None:
             trainer.fit()
 
 
-def _streams(config: Config, derived: Derived) -> dict[int, Stream]:
+def _streams(derived: Derived, resumed: Path | None) -> dict[int, Stream]:
     """The data that the run still reads: stages that it resumes behind need theirs no more."""
-    from megakda.checkpoint import manager as checkpoints
-    from megakda.trainer import checkpoint_root
+    from megakda.checkpoint.folders import read_manifest
 
-    path = checkpoints.resolve(config.train.resume, checkpoint_root(config))
-    return derived.plan.streams_from(checkpoints.read_manifest(path)["step"] if path else 0)
+    return derived.plan.streams_from(read_manifest(resumed)["step"] if resumed else 0)
 
 
 @contextlib.contextmanager
@@ -115,6 +114,14 @@ def _run_with_hydra() -> None:
     @hydra.main(config_path=str(recipes_dir()), config_name="config", version_base="1.3")
     def job(tree: DictConfig) -> None:
         settings = HydraConfig.get()
+        if settings.mode == RunMode.MULTIRUN and world_size() > 1:
+            errors.append(
+                ConfigError(
+                    f"a sweep (-m) on {world_size()} ranks: process groups are made once, so its "
+                    "runs would not start after the first; start torchrun once for each run"
+                )
+            )
+            return
         named = any(override.startswith("train.out=") for override in settings.overrides.task)
         if settings.mode == RunMode.MULTIRUN and not named:
             tree.train.out = f"{tree.train.out}/{settings.job.override_dirname}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from megakda import __version__
 from megakda.checkpoint import manager as checkpoints
 from megakda.config import Config, Derived
 from megakda.config.plan import Plan, Stage
-from megakda.data.datasets import Batch, Datasets, micro_batches, order_probe
+from megakda.data.datasets import Batch, Datasets, StreamPositions, micro_batches
 from megakda.data.packed_dataset import packing_efficiency
 from megakda.data.tokenizer import Tokenizer
 from megakda.errors import CheckpointError, CommunicationError
@@ -49,7 +50,7 @@ from megakda.runtime.distributed import StopSignals, seed_step
 class StepResult:
     """What one step did; the same on every rank."""
 
-    loss: float  # mean over the tokens of the global batch that count (data.loss), nats
+    loss: float  # mean over the tokens of the global batch that count (data.loss), nats; NaN: none
     grad_norm: float  # before clipping
     lr: float
     tokens: int  # of the global batch, without padding
@@ -87,12 +88,14 @@ class Trainer:
         self.forward_backward = _forward_backward(
             config, self.plan, self.chunks, self.finalizer, self.same_batches
         )
-        self.checkpoints = checkpoints.CheckpointManager(checkpoint_root(config), config.checkpoint)
+        self.stage_ends = _stage_ends(config, self.plan)
+        self.checkpoints = checkpoints.CheckpointManager(
+            checkpoint_root(config), config.checkpoint, keep=self.stage_ends
+        )
         self.signals = StopSignals()
         self.steps_done = 0
-        self.consumed = [0] * len(self.plan.streams)  # sequences of each stream
+        self.positions = StreamPositions(self.plan, datasets)
         self.tokens_seen = 0
-        self.data_reordered = False
         self._reading: tuple[Stage, list[Iterator[Batch]]] | None = None
 
     def step(self, batches: list[Iterator[Batch]]) -> StepResult:
@@ -118,16 +121,17 @@ class Trainer:
         self.qk_clip.end_forward()
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        problem = self.guard.judge(loss, grad_norm)
+        stream = self.plan.streams[now.stage.stream]
+        problem = self.guard.judge(loss, grad_norm, stream.identity)
         if problem is None:
             clip_gradients(self.optimizer, grad_norm, config.optim.clip_grad)
             self.optimizer.step_with_ready_grads()  # and clips the heads that `qk_clip` has found
             self.finalizer.update_expert_biases(now.expert_bias_rate)
 
         self.steps_done += 1
-        self.consumed[now.stage.stream] += now.global_batch
+        self.positions.consumed[now.stage.stream] += now.global_batch
         self.tokens_seen += tokens
-        return StepResult(loss, grad_norm, lr, tokens, problem, stop)
+        return StepResult(_or_nan(loss), grad_norm, lr, tokens, problem, stop)
 
     def fit(self) -> None:
         """Trains from where the run is to the plan's end, validating and saving on the way.
@@ -139,7 +143,7 @@ class Trainer:
         config, train = self.config, self.config.train
         resumed = self.resume()
         with self.signals, self._reporter() as report:
-            report.start(resumed, self.steps_done, self.tokens_seen, self.data_reordered)
+            report.start(resumed, self.steps_done, self.tokens_seen, self.positions.reordered)
             stopped = False
             while self.steps_done < self.plan.steps and not stopped:
                 batches = self.batches()
@@ -164,14 +168,15 @@ class Trainer:
                 )
                 self.guard.check(self.steps_done, result.problem)
                 self.checkpoints.poll()
-                if last or stopped or _due(self.steps_done, train.save_every):
+                border = self.steps_done in self.stage_ends
+                if last or stopped or border or _due(self.steps_done, train.save_every):
                     report.saved(self.save())
             self.checkpoints.close()
             report.end(self.steps_done, self.signals.received, stopped)
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss in nats per token over `train.eval_batches` global batches.
+        """Mean loss in nats per token over `train.eval_batches` global batches; NaN if none counts.
 
         Always the same sequences of the data and context of the stage that the last step was in.
         """
@@ -187,7 +192,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.train()
         _sync_parameters(self.config, self.chunks, hooks=True)
-        return _agree(losses)[0]
+        return _or_nan(_agree(losses)[0])
 
     def save(self) -> Path:
         """Saves everything that the next step depends on."""
@@ -198,10 +203,9 @@ class Trainer:
             self.optimizer,
             trainer_state={
                 "steps_done": self.steps_done,
-                "consumed": self.consumed,
                 "tokens_seen": self.tokens_seen,
                 "guard": self.guard.state_dict(),
-                "data_order": self._order(),
+                **self.positions.state_dict(),
             },
             manifest={
                 "megakda": __version__,
@@ -213,7 +217,7 @@ class Trainer:
                     "spec": self.tokenizer.spec,
                     "fingerprint": self.tokenizer.fingerprint,
                 },
-                "sequences_consumed": sum(self.consumed),
+                "sequences_consumed": sum(self.positions.consumed),
                 "tokens_seen": self.tokens_seen,
             },
         )
@@ -226,10 +230,11 @@ class Trainer:
         Raises:
             CheckpointError: it cannot be loaded, or holds weights alone.
         """
-        path = checkpoints.resolve(self.config.train.resume, self.checkpoints.root)
+        path = resume_point(self.config)
         if path is None:
-            if self.config.train.weights is not None:
-                self._begin_with(_found_by_rank_0(self.config.train.weights))
+            weights = self.config.train.weights
+            if weights is not None:
+                self._begin_with(_from_rank_0(checkpoints.find(weights, "train.weights")))
             return None
         checkpoints.check_resumable(path, self.config.optim.name)
         self._check_tokenizer(path)
@@ -237,24 +242,13 @@ class Trainer:
             path, self.chunks, self.optimizer, dataclasses.asdict(self.config.model)
         )
         self.steps_done = state["steps_done"]
-        # Checkpoints from before there were stages count one stream.
-        consumed = state.get("consumed") or [state["sequences_consumed"]]
-        self.consumed = [consumed[n] if n < len(consumed) else 0 for n in range(len(self.consumed))]
         self.tokens_seen = state["tokens_seen"]
         self.guard.load_state_dict(state["guard"])
-        order = state["data_order"] if "consumed" in state else {0: state["data_order"]}
-        self.data_reordered = any(
-            order.get(n, probe) != probe for n, probe in self._order().items()
-        )
+        self.positions.load_state_dict(state)
+        if self.positions.begun and torch.distributed.get_rank() == 0:
+            numbers = ", ".join(map(str, self.positions.begun))
+            print(f"WARNING: {path} has read nothing of the data of stage {numbers}: begun afresh")
         return path
-
-    def _order(self) -> dict[int, str]:
-        """What tells the order of the sequences read so far, for each stream that goes on."""
-        return {
-            n: order_probe(data.train, self.consumed[n])
-            for n, data in self.datasets.streams.items()
-            if self.consumed[n]
-        }
 
     def _begin_with(self, path: Path) -> None:
         """Loads the weights and expert biases of a checkpoint, and nothing else of it."""
@@ -307,8 +301,8 @@ class Trainer:
         """Micro-batches from the next step on; a stage may read other data, so each begins anew."""
         stage = self.plan.at(self.steps_done).stage
         if self._reading is None or self._reading[0] is not stage:
-            data, consumed = self.datasets.streams[stage.stream], self.consumed[stage.stream]
-            self._reading = stage, self._batches(data.train, consumed, stage)
+            data, consumed = self.datasets.streams[stage.stream], self.positions.consumed
+            self._reading = stage, self._batches(data.train, consumed[stage.stream], stage)
         return self._reading[1]
 
     def _batches(
@@ -336,6 +330,11 @@ class Trainer:
 def checkpoint_root(config: Config) -> Path:
     """Where a run keeps its checkpoints."""
     return Path(config.train.out) / "checkpoints"
+
+
+def resume_point(config: Config) -> Path | None:
+    """The checkpoint that `train.resume` means, the same on every rank. Collective."""
+    return _from_rank_0(checkpoints.resolve(config.train.resume, checkpoint_root(config)))
 
 
 def forward_step(
@@ -453,9 +452,9 @@ def _per_chunk(functions: list[Any]) -> Any:
 
 def _agree(
     losses: list[dict[str, torch.Tensor]], stop: bool = False, differ: bool = False
-) -> tuple[float, int, bool, bool]:
-    """The mean loss over the tokens that count, the number of real tokens, and whether any rank
-    says so of the flags."""
+) -> tuple[float | None, int, bool, bool]:
+    """The mean loss over the tokens that count, if any does, the number of real tokens, and whether
+    any rank says so of the flags."""
     totals = torch.zeros(5, dtype=torch.float64, device=torch.cuda.current_device())
     # The last stage has the losses, the same on all its tensor-parallel ranks.
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -463,7 +462,7 @@ def _agree(
     totals[3], totals[4] = float(stop), float(differ)
     torch.distributed.all_reduce(totals)
     loss, counted, tokens, stops, differs = totals.tolist()
-    return loss / max(counted, 1.0), int(tokens), stops > 0, differs > 0
+    return loss / counted if counted else None, int(tokens), stops > 0, differs > 0
 
 
 def _sync_parameters(config: Config, chunks: list[ModelChunk], hooks: bool) -> None:
@@ -474,11 +473,25 @@ def _sync_parameters(config: Config, chunks: list[ModelChunk], hooks: bool) -> N
         chunk.enable_forward_pre_hook() if hooks else chunk.disable_forward_pre_hook()
 
 
-def _found_by_rank_0(weights: str) -> Path:
-    """The checkpoint of `train.weights`; that run may be saving, and ranks find different ones."""
-    path = [checkpoints.find(weights, "train.weights")]
-    torch.distributed.broadcast_object_list(path, src=0)
-    return path[0]
+def _from_rank_0(path: Any) -> Any:
+    """Rank 0's checkpoint: another run may be saving there, and ranks find different ones."""
+    found = [path]
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _stage_ends(config: Config, plan: Plan) -> set[int]:
+    """Steps after which a stage of `schedule.stages` ends and another begins.
+
+    Later runs begin there with another stage, and `train.save_every` seldom falls on them.
+    """
+    if config.schedule.stages is None or not config.train.save_every:
+        return set()
+    return {stage.first_step for stage in plan.stages[1:]}
+
+
+def _or_nan(loss: float | None) -> float:
+    return math.nan if loss is None else loss
 
 
 def _due(step: int, every: int) -> bool:

@@ -95,7 +95,7 @@ def fit(overrides: Sequence[str], corpus: Any, out: str) -> dict:
     return {
         "loss": [row["loss"] for row in rows],
         "weights": weights,
-        "data_reordered": run.data_reordered,
+        "data_reordered": run.positions.reordered,
     }
 
 

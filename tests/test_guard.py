@@ -32,6 +32,29 @@ def test_spikes_are_bad_once_the_window_is_full():
     assert guard.judge(2.2, 1.0) is None
 
 
+def test_other_data_or_context_begin_a_new_window():
+    guard = Guard(GuardConfig(spike_sigmas=4, spike_window=3))
+    for loss in (2.0, 2.1, 1.9):
+        assert guard.judge(loss, 1.0, "web") is None
+    for loss in (5.0, 5.1, 4.9):
+        assert guard.judge(loss, 1.0, "code") is None  # as such data are, no spike
+    resumed = Guard(GuardConfig(spike_sigmas=4, spike_window=3))
+    resumed.load_state_dict(guard.state_dict())
+    assert "exceeds" in resumed.judge(9.0, 1.0, "code")
+    assert resumed.judge(9.0, 1.0, "web") is None
+    old = {key: value for key, value in guard.state_dict().items() if key != "stream"}
+    resumed.load_state_dict(old)
+    assert "exceeds" in resumed.judge(9.0, 1.0, "code")
+
+
+def test_a_batch_of_which_no_token_counts_is_no_part_of_the_window():
+    guard = Guard(GuardConfig(spike_sigmas=4, spike_window=2))
+    for loss in (2.0, None, 2.1, None):
+        assert guard.judge(loss, 1.0) is None
+    assert guard.state_dict()["losses"] == [2.0, 2.1]
+    assert "gradient norm" in guard.judge(None, math.nan)
+
+
 def test_too_many_in_a_row_end_the_run():
     guard = Guard(GuardConfig(max_bad_steps=2))
     guard.check(1, guard.judge(math.nan, 1.0))

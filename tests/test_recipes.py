@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from megakda.config import Config, compose, recipes_dir, validate
+from megakda.config.layout import least_ranks
 from megakda.config.stages import read_stages
 from megakda.models.params import count_layers, count_parameters
 from tests import jobs
@@ -23,6 +24,7 @@ from tests import jobs
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "kimi_linear_paper.json").read_text())
 LADDER = {row["printed_active"].lower(): row for row in REFERENCE["scaling_ladder"]["rows"]}
 ABLATIONS = {row["name"]: row for row in REFERENCE["ablations_ppl"]["rows"]}
+LONG_CONTEXT = (recipes_dir() / "experiment" / "long_context" / "32k.yaml").read_text()
 EXPERIMENTS = sorted(
     str(path.relative_to(recipes_dir() / "experiment").with_suffix(""))
     for path in (recipes_dir() / "experiment").rglob("*.yaml")
@@ -32,12 +34,6 @@ EXPERIMENTS = sorted(
 @cache
 def recipe(experiment: str, *overrides: str) -> Config:
     return compose([f"experiment={experiment}", *overrides])
-
-
-def fewest_ranks(config: Config) -> int:
-    """The smallest world that the layout fits."""
-    p = config.parallel
-    return math.lcm(p.tensor * p.pipeline * p.context, p.expert * p.expert_tensor * p.pipeline)
 
 
 def test_the_recipes_that_the_readme_promises_are_there():
@@ -50,7 +46,7 @@ def test_the_recipes_that_the_readme_promises_are_there():
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_composes_and_is_valid_at_its_smallest_world(experiment):
     config = recipe(experiment)
-    derived = validate(config, fewest_ranks(config))
+    derived = validate(config, least_ranks(config.parallel))
     if config.train.tokens is not None:
         per_step = config.train.global_batch * config.train.context
         assert derived.total_tokens == pytest.approx(config.train.tokens, abs=per_step)
@@ -85,7 +81,7 @@ def test_ladder_is_the_reports(row, mixer):
 def test_pretraining_is_the_reports(model):
     config, facts = recipe(f"pretrain/{model}"), REFERENCE["pretrain_recipe"]
     stages = facts["proportional_stage_proposal_for_1.4T"]
-    plan = validate(config, fewest_ranks(config)).plan
+    plan = validate(config, least_ranks(config.parallel)).plan
     kinds = [(stage.kind, stage.context) for stage in plan.stages]
     assert kinds == [
         *(("warmup", 4096), ("constant", 4096), ("cosine", 4096)),
@@ -104,6 +100,11 @@ def test_pretraining_is_the_reports(model):
         assert stage.tokens == pytest.approx(said["tokens"], abs=stage.context * stage.batch)
     assert activation.lr_to == stages["final_lr"]
     assert activation.expert_bias_rate == 0.0
+    # A run of its own begins where annealing ends, as its recipe says.
+    assert f"step_{activation.first_step:08d}" in LONG_CONTEXT
+    alone = validate(recipe("long_context/32k"), 8).plan
+    assert {stage.expert_bias_rate for stage in alone.stages} == {0.0}
+    assert alone.at(alone.steps).lr == activation.lr_to
     assert config.optim.weight_decay == facts["weight_decay"]
     exact = REFERENCE["model_48b"]["params_exact"]
     count = count_parameters(config.model)
@@ -160,7 +161,7 @@ def test_a_sweep_over_the_hybrid_ratio():
     for pattern, full in {"3:1": 4, "1:1": 8, "7:1": 2}.items():
         config = recipe("ablation/hybrid_ratio", f"model.pattern={pattern}")
         assert count_layers(config.model)["full"] == full
-        validate(config, fewest_ranks(config))
+        validate(config, least_ranks(config.parallel))
 
 
 BUILD = """
@@ -183,7 +184,7 @@ def test_every_model_builds_at_full_size_with_the_parameters_of_the_closed_form(
         config = recipe(experiment)
         model = {key: value for key, value in asdict(config.model).items() if key != "name"}
         key = json.dumps([model, asdict(config.parallel), config.precision])
-        jobs_by_build.setdefault(key, (experiment, fewest_ranks(config)))
+        jobs_by_build.setdefault(key, (experiment, least_ranks(config.parallel)))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", BUILD],
         input=json.dumps(list(jobs_by_build.values())),

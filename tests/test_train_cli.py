@@ -99,3 +99,14 @@ def test_bad_data_is_refused_before_training(corpus, tmp_path, case):
         assert text in message
     assert "Traceback" not in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_on_several_ranks_is_refused(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "megakda.train", "-m", "model=tiny", "train.seed=1,2"],
+        env={**os.environ, "PYTHONPATH": str(recipes_dir().parent), "WORLD_SIZE": "2", "RANK": "0"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "a sweep (-m) on 2 ranks" in done.stderr

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megakda.config import compose, validate  # noqa: E402
 from megakda.config.layout import least_ranks  # noqa: E402
-from megakda.errors import MegakdaError  # noqa: E402
+from megakda.config.stages import unread_settings  # noqa: E402
+from megakda.errors import ConfigError, MegakdaError  # noqa: E402
 from megakda.metrics.progress import format_count  # noqa: E402
 from megakda.metrics.schedule_plot import plot_schedule, stage_table  # noqa: E402
 
@@ -34,13 +35,19 @@ def main(argv: list[str] | None = None) -> int:
         config = compose(args.overrides)
         ranks = least_ranks(config.parallel) if args.ranks is None else args.ranks
         plan = validate(config, ranks).plan
+        print("\n".join(stage_table(plan)))
+        whole = f"{format_count(plan.tokens)} tokens in {plan.steps:,} steps"
+        print(f"{whole} on {ranks} ranks (data {plan.data_parallel})")
+        unread = unread_settings(config)
+        if unread:
+            print(f"note: {unread}")
+        try:
+            print(plot_schedule(plan, args.out, f"{config.model.name}: {whole}"))
+        except OSError as error:
+            raise ConfigError(f"--out {args.out}: {error}; name a file to write") from None
     except MegakdaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print("\n".join(stage_table(plan)))
-    whole = f"{format_count(plan.tokens)} tokens in {plan.steps:,} steps"
-    print(f"{whole} on {ranks} ranks (data {plan.data_parallel})")
-    print(plot_schedule(plan, args.out, f"{config.model.name}: {whole}"))
     return 0
 
 

@@ -37,6 +37,8 @@ CONTENT = {
 """megatron-core's names for: per-layer keys, and optimizer state that loads at any layout."""
 _DISK_FULL = [f"[Errno {code}]" for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 _NAME = re.compile(r"step_(\d{8,})")
+_NO_ARCHITECTURE = ("name", "init_std", "moe.bias_update_rate")
+"""Settings of the model that say how it is trained, or nothing."""
 
 
 def resolve(resume: str, root: Path) -> Path | None:
@@ -107,7 +109,7 @@ def architecture_differences(saved: dict[str, Any], model: dict[str, Any]) -> li
     return [
         f"model.{key} is {theirs.get(key)} there and {ours.get(key)} here"
         for key in sorted(theirs.keys() | ours.keys())
-        if key not in ("name", "init_std") and theirs.get(key) != ours.get(key)
+        if key not in _NO_ARCHITECTURE and theirs.get(key) != ours.get(key)
     ]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,11 @@ class CheckpointManager:
     Args:
         root: the `checkpoints` folder.
         config: rotation and asynchronous saving.
+        keep: steps whose checkpoints stay, whatever the rotation.
     """
 
-    def __init__(self, root: Path, config: CheckpointConfig):
-        self.root, self.config = root, config
+    def __init__(self, root: Path, config: CheckpointConfig, keep: Collection[int] = ()):
+        self.root, self.config, self.keep = root, config, keep
         self._queue = AsyncCallsQueue(persistent=False) if config.async_save else None
 
     def save(
@@ -157,17 +158,20 @@ class CheckpointManager:
                     shutil.rmtree(target)
                 os.replace(partial, target)
                 write_text(self.root / "latest", f"{target.name}\n")
-                self._rotate(keep=target)
+                self._rotate(newest=target)
             torch.distributed.barrier()
 
         return commit
 
-    def _rotate(self, keep: Path) -> None:
-        every, last = self.config.keep_every, self.config.keep_last
-        rotating = [p for p in complete(self.root) if not (every and step_of(p) % every == 0)]
-        for path in rotating[: max(0, len(rotating) - last)]:
-            if path != keep:
+    def _rotate(self, newest: Path) -> None:
+        rotating = [path for path in complete(self.root) if not self._stays(step_of(path))]
+        for path in rotating[: max(0, len(rotating) - self.config.keep_last)]:
+            if path != newest:
                 shutil.rmtree(path)
+
+    def _stays(self, step: int) -> bool:
+        every = self.config.keep_every
+        return step in self.keep or (every > 0 and step % every == 0)
 
     def _check_space(self, chunks: list[ModelChunk], optimizer: Any) -> None:
         """Refuses a save that cannot fit, before it writes anything."""

@@ -54,6 +54,15 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         return from_tree(tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from None
+    except AssertionError:  # OmegaConf's own, for an override that goes into a null
+        inside = _inside_of_settings(overrides)
+        if not inside:
+            raise
+        raise ConfigError(
+            f"{', '.join(inside)}: a part of a setting can be overridden only if a recipe gives "
+            "the whole, and here it is null; set the whole instead, as "
+            "'schedule.stages=[{kind: cosine, steps: 10, to: 1e-4}]'"
+        ) from None
 
 
 def from_tree(tree: DictConfig) -> Config:
@@ -90,6 +99,12 @@ def _tree_keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _tree_keys(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
+
+
+def _inside_of_settings(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a part of a setting, as of an entry of a list."""
+    known = tuple(f"{key}." for key in _keys(Config()))
+    return [override for override in overrides if override.lstrip("+~").startswith(known)]
 
 
 def _no_such_setting(key: str, known: list[str]) -> str:

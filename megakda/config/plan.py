@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -14,6 +15,14 @@ from typing import Any
 from megakda.config.schema import DataConfig, TrainConfig
 from megakda.config.stages import StageSettings
 from megakda.errors import ConfigError
+
+ORDER = ("paths", "weights", "split", "packing", "overlong", "loss")
+"""Settings of data that decide which sequences there are, and in which order."""
+
+
+def sequence_settings(data: DataConfig) -> dict[str, Any]:
+    """What decides the sequences of `data`: two that agree in it are read as one stream."""
+    return {name: getattr(data, name) for name in ORDER}
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,11 @@ class Stream:
     batch: int
     last_step: int
 
+    @property
+    def identity(self) -> str:
+        """The settings that decide which sequences these are, and in which order, as text."""
+        return json.dumps({"context": self.context, **sequence_settings(self.data)})
+
 
 @dataclass(frozen=True)
 class PlannedStep:
@@ -214,8 +228,29 @@ class Plan:
         return {n: stream for n, stream in enumerate(self.streams) if stream.last_step >= step}
 
     def rows(self) -> list[dict[str, str]]:
-        """The stages as a table: a row each, columns in order."""
-        return [_row(stage) for stage in self.stages]
+        """The stages as a table: a row each, columns in order.
+
+        The rate of the experts' balancing and settings of the data are there if stages differ.
+        """
+        rows = [_row(stage) for stage in self.stages]
+        if len({stage.expert_bias_rate for stage in self.stages}) > 1:
+            for row, stage in zip(rows, self.stages, strict=True):
+                row["bias-rate"] = f"{stage.expert_bias_rate:g}"
+        data = [sequence_settings(stream.data) for stream in self.streams]
+        differ = [name for name in ORDER if any(one[name] != data[0][name] for one in data)]
+        if differ:
+            for row, stage in zip(rows, self.stages, strict=True):
+                row["data"] = " ".join(
+                    f"{name}={_brief(data[stage.stream][name])}" for name in differ
+                )
+        return rows
+
+
+def _brief(value: Any) -> str:
+    """A setting without spaces."""
+    if isinstance(value, list):
+        return ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
+    return "null" if value is None else str(value)
 
 
 def _row(stage: Stage) -> dict[str, str]:
@@ -310,8 +345,9 @@ def resolve(
 
 
 def _stream(streams: list[Stream], stage: StageSettings) -> int:
+    own = stage.context, sequence_settings(stage.data)
     for number, stream in enumerate(streams):
-        if (stream.context, stream.data) == (stage.context, stage.data):
+        if (stream.context, sequence_settings(stream.data)) == own:
             return number
     keys = stage.key("context"), stage.key("data")
     streams.append(Stream(stage.context, stage.data, *keys, sequences=0, batch=0, last_step=0))
@@ -340,18 +376,31 @@ def _walk(settings: Sequence[StageSettings], units: Sequence[int]) -> list[Count
             assert stage.steps is not None
             found.append(_counts_of_steps(stage, unit, stage.steps))
         else:
+            _check_tokens(stage)
             wanted = stage.tokens + behind
-            counts = _counts_of_tokens(stage, unit, wanted)
-            if not counts:
-                per_step = stage.batch[0] * stage.context
-                raise ConfigError(
-                    f"{stage.name} has {stage.tokens:,} tokens, less than half a step of "
-                    f"{stage.batch[0]} x {stage.context:,} = {per_step:,}: make it longer, or "
-                    "its batch smaller"
-                )
+            # One step at least, also where the stage before has steps that are much longer.
+            counts = _counts_of_tokens(stage, unit, max(wanted, stage.batch[1] * stage.context))
             behind = wanted - _tokens(stage, counts)
             found.append(counts)
     return found
+
+
+def _check_tokens(stage: StageSettings) -> None:
+    """A stage in tokens is no shorter than half a step; one that grows, than its last step."""
+    assert stage.tokens is not None
+    first, last = stage.batch
+    per_step = last * stage.context
+    step = f"of {last} x {stage.context:,} = {per_step:,}"
+    if first < last and stage.tokens < per_step:
+        raise ConfigError(
+            f"{stage.name} has {stage.tokens:,} tokens, less than the last step {step} of its "
+            f"growing batch: make it longer, or lower {stage.key('batch')}.to"
+        )
+    if 2 * stage.tokens < per_step:
+        raise ConfigError(
+            f"{stage.name} has {stage.tokens:,} tokens, less than half a step {step}: make it "
+            "longer, or its batch smaller"
+        )
 
 
 def _sizes(stage: StageSettings, unit: int) -> range:
@@ -360,15 +409,19 @@ def _sizes(stage: StageSettings, unit: int) -> range:
 
 
 def _counts_of_tokens(stage: StageSettings, unit: int, tokens: int) -> Counts:
-    """About `tokens` tokens, the same share with each batch size."""
+    """About `tokens` tokens, the same share with each batch size, but a step of the last."""
     sizes = _sizes(stage, unit)
+    before_last = tokens - sizes[-1] * stage.context
     counts: Counts = []
     position = 0
     for number, batch in enumerate(sizes, start=1):
-        per_step, left = batch * stage.context, tokens * number // len(sizes) - position
+        per_step, end = batch * stage.context, tokens * number // len(sizes)
+        if number < len(sizes):
+            end = min(end, before_last)
+        left = end - position
         steps = (2 * left + per_step) // (2 * per_step)  # to the nearest border of a step
         if number == len(sizes) > 1:
-            steps = max(steps, 1)  # a batch that grows gets to its end
+            steps = max(steps, 1)  # also where whoever asks has steps for less
         if steps > 0:
             counts.append((batch, steps))
             position += steps * per_step

@@ -10,11 +10,12 @@ parallelism; and data that only a cluster has give way to the standard library's
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import PurePath
 from typing import Any
 
-from megakda.config.layout import balanced_layers
+from megakda.config.layout import balanced_layers, least_ranks
 from megakda.config.pattern import ratio
 from megakda.config.plan import resolve
 from megakda.config.schema import (
@@ -27,6 +28,7 @@ from megakda.config.schema import (
     TrainConfig,
 )
 from megakda.config.stages import StageSettings, read_stages
+from megakda.config.validate import validate
 from megakda.errors import ConfigError
 
 GRAIN = 16
@@ -46,9 +48,11 @@ def scaled(config: Config) -> Config:
 
     Settings that are smaller than what they would become stay as they are. A run that writes below
     ``runs`` writes below ``runs/smoke``, so that it never meets the checkpoints of the real one.
+    Weights to begin with do not fit the small model: it begins with random ones, and warns.
 
     Raises:
-        ConfigError: a number of `scale` below 1, or fewer steps than the schedule has stages.
+        ConfigError: `config` is not valid on any number of ranks, a number of `scale` is below 1,
+            or the schedule has more stages than `scale.steps`.
     """
     scale = config.scale
     if scale.steps is None:
@@ -59,6 +63,14 @@ def scaled(config: Config) -> Config:
                 f"scale.{item.name}={getattr(scale, item.name)}: must be positive; set scale.steps="
                 "null (scale=full) to scale nothing"
             )
+    # What does not work on the fewest ranks works on no others.
+    validate(config, least_ranks(config.parallel))
+    if config.train.weights is not None:
+        warnings.warn(
+            f"train.weights={config.train.weights} is not used: a run divided down by scale.steps="
+            f"{scale.steps} begins with random weights, since these do not fit its model",
+            stacklevel=2,
+        )
     model = scaled_model(config.model, scale)
     parallel = scaled_parallel(config.parallel, model, scale.ranks)
     schedule, train = _scaled_run(config, parallel)
@@ -199,19 +211,22 @@ def _scaled_run(config: Config, parallel: ParallelConfig) -> tuple[ScheduleConfi
         for stage, said, count in zip(settings, written, steps, strict=True)
     ]
     micro_batch = min(train.micro_batch, MICRO_BATCH)
-    folder, *below = PurePath(train.out).parts
-    return replace(config.schedule, stages=stages), replace(
+    out = PurePath(train.out)
+    # The stages stand for the short form, which is no longer there to be read.
+    schedule = ScheduleConfig() if config.schedule.stages is None else config.schedule
+    return replace(schedule, stages=stages), replace(
         train,
         steps=sum(steps),
         tokens=None,
         context=proportion.context(train.context),
         global_batch=proportion.batch(train.global_batch, micro_batch),
         micro_batch=micro_batch,
-        out=str(PurePath("runs", "smoke", *below)) if folder == "runs" else train.out,
+        out=str("runs/smoke" / out.relative_to("runs"))
+        if out.is_relative_to("runs")
+        else train.out,
         save_every=0,
         eval_every=0,
         eval_batches=min(train.eval_batches, 1),
-        resume="none" if train.resume == "auto" else train.resume,
         weights=None,
     )
 
@@ -253,7 +268,7 @@ def _shares(lengths: list[int], steps: int) -> list[int]:
 def _stand_in(data: DataConfig) -> DataConfig:
     """Data that every machine has: text, or conversations where the loss is on their answers."""
     if data.prepare != "none":
-        return data
+        return replace(data, tokenizer="byte")  # fits BYTE_VOCABULARY
     kind = "stdlib_chat" if data.loss == "answers" else "stdlib"
     return replace(
         data,

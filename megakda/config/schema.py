@@ -183,7 +183,7 @@ class ScheduleConfig:
 
     stages: list[Any] | None = None  # in order, see docs/schedules.md; the rest is then not read
     style: str = _choice("wsd", "cosine", "linear", "constant")
-    warmup_steps: int = 0
+    warmup_steps: int = 20
     decay_steps: int = 0  # of WSD: the length of the final decay
     decay_shape: str = _choice("linear", "cosine", "exponential", "minus_sqrt")
     min_lr: float = 0.0

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megakda.config.schema import Config, DataConfig
+from megakda.config.schema import Config, DataConfig, ScheduleConfig
 from megakda.config.suggest import suggest
 from megakda.errors import ConfigError
 
@@ -39,7 +39,7 @@ WHOLE_RUN = {
     "data": "data",
 }
 """Where the stages that do not say something have it from."""
-ONE_PER_RUN = ("name", "tokenizer")
+ONE_PER_RUN = ("name", "tokenizer", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,24 @@ def summary(config: Config) -> str:
     return ", ".join(parts)
 
 
+def unread_settings(config: Config) -> str | None:
+    """What the short form says beside `schedule.stages`, for a person; None: nothing, or no stages.
+
+    A setting that has its default counts as not said.
+    """
+    said = [
+        f"schedule.{item.name}={getattr(config.schedule, item.name)}"
+        for item in fields(ScheduleConfig)
+        if item.name != "stages" and getattr(config.schedule, item.name) != item.default
+    ]
+    if config.schedule.stages is None or not said:
+        return None
+    return (
+        f"schedule.stages is set, so {', '.join(said)} {'is' if len(said) == 1 else 'are'} not "
+        "read; schedule.stages=null goes back to the short form"
+    )
+
+
 def _read(config: Config, path: str, stage: Any) -> StageSettings:
     if not isinstance(stage, Mapping):
         raise ConfigError(f"{path}={stage!r}: a stage is a mapping, as {{kind: cosine, steps: 10}}")
@@ -157,7 +175,7 @@ def _read(config: Config, path: str, stage: Any) -> StageSettings:
         )
 
     def whole(key: str, default: int | None) -> int | None:
-        return _whole(f"{path}.{key}", said[key]) if key in said else default
+        return whole_number(f"{path}.{key}", said[key]) if key in said else default
 
     train = config.train
     first, last, by = _batch(f"{path}.batch", said.get("batch", train.global_batch))
@@ -195,8 +213,12 @@ def _target(config: Config, path: str, kind: str, to: Any) -> float | None:
     return rate
 
 
-def _whole(key: str, value: Any) -> int:
-    """A positive whole number; also one written as 36.0e9."""
+def whole_number(key: str, value: Any) -> int:
+    """A positive whole number; also one written as 36.0e9.
+
+    Raises:
+        ConfigError: it is none; names `key`.
+    """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value != int(value) or value < 1:
         raise ConfigError(f"{key}={value!r}: must be a positive whole number")
@@ -213,19 +235,22 @@ def _rate(key: str, value: Any) -> float:
 def _batch(key: str, value: Any) -> tuple[int, int, int | None]:
     """Its beginning, its end, and by how much it grows at a time, where that is said."""
     if not isinstance(value, Mapping):
-        size = _whole(key, value)
+        size = whole_number(key, value)
         return size, size, None
     if not {"from", "to"} <= set(value) <= {"from", "to", "by"}:
         raise ConfigError(
             f"{key}={dict(value)}: a batch that grows is {{from: 64, to: 512}} or {{from: 64, to: "
             "512, by: 64}; one that stays is a number"
         )
-    first, last = _whole(f"{key}.from", value["from"]), _whole(f"{key}.to", value["to"])
+    first, last = whole_number(f"{key}.from", value["from"]), whole_number(f"{key}.to", value["to"])
     if first >= last:
-        raise ConfigError(f"{key}: must grow, and goes from {first} to {last}; raise {key}.to")
+        raise ConfigError(
+            f"{key} goes from {first} to {last}: within a stage a batch cannot fall or stay; raise "
+            f"{key}.to, or give each size a stage of its own"
+        )
     if value.get("by") is None:
         return first, last, None
-    by = _whole(f"{key}.by", value["by"])
+    by = whole_number(f"{key}.by", value["by"])
     if (last - first) % by:
         raise ConfigError(
             f"{key}.by={by} must divide the {last - first} that the batch grows by, from {first} "
@@ -312,7 +337,14 @@ def _shorthand_steps(config: Config) -> int:
         )
     if train.steps is None:
         assert train.tokens is not None
-        return max(1, round(_whole("train.tokens", train.tokens) / per_step))
+        steps = round(whole_number("train.tokens", train.tokens) / per_step)
+        if steps == 0:
+            raise ConfigError(
+                f"train.tokens={train.tokens:,.0f} are less than half a step of train.global_batch="
+                f"{train.global_batch} x train.context={train.context} = {per_step:,}: raise it, "
+                "or lower the batch"
+            )
+        return steps
     if train.tokens is not None and abs(train.steps * per_step - train.tokens) >= per_step:
         raise ConfigError(
             f"train.steps={train.steps} of {per_step:,} tokens are {train.steps * per_step:,} "
@@ -323,8 +355,15 @@ def _shorthand_steps(config: Config) -> int:
 
 def _check_shorthand(config: Config, steps: int) -> None:
     schedule = config.schedule
-    if schedule.warmup_steps + max(schedule.decay_steps, 1) > steps:
-        raise ConfigError(
-            f"schedule.warmup_steps={schedule.warmup_steps} + schedule.decay_steps="
-            f"{schedule.decay_steps} do not fit in train.steps={steps}: lower them or train longer"
-        )
+    if schedule.warmup_steps + max(schedule.decay_steps, 1) <= steps:
+        return
+    fall = f"schedule.decay_steps={schedule.decay_steps}"
+    if schedule.decay_steps == 0:
+        fall = f"a step of schedule.style={schedule.style}"
+    length = f"train.steps={steps}"
+    if config.train.steps is None:
+        length = f"the {steps} steps that train.tokens={config.train.tokens:,.0f} come to"
+    raise ConfigError(
+        f"schedule.warmup_steps={schedule.warmup_steps} and {fall} do not fit in {length}: lower "
+        "them or train longer"
+    )

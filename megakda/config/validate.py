@@ -10,7 +10,7 @@ from megakda.config.layout import chunk_layers
 from megakda.config.pattern import layer_kinds
 from megakda.config.plan import Plan, resolve
 from megakda.config.schema import Config, MoEConfig
-from megakda.config.stages import StageSettings, read_stages
+from megakda.config.stages import StageSettings, read_stages, unread_settings, whole_number
 from megakda.errors import ConfigError
 
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")
@@ -56,6 +56,8 @@ class Derived:
                 facts = (f"{name} {value}" for name, value in row.items())
                 lines.append(f"{', '.join(facts)}")
             lines.append(f"tokens in all {self.total_tokens:,} in {self.steps:,} steps")
+            unread = unread_settings(config)
+            lines += [f"note: {unread}"] if unread else []
         for context in dict.fromkeys(stage.context for stage in self.plan.stages):
             if p.context > 1:
                 segments = 2 if p.context_layout == "zigzag" else 1
@@ -85,6 +87,11 @@ def validate(config: Config, world_size: int) -> Derived:
         _check_choices(stage.data, f"{stage.key('data')}.")
         _check_context(config, stage.key("context"), stage.context)
         _check_packing(stage)
+        if "expert_bias_rate" in stage.given and config.model.ffn != "moe":
+            raise ConfigError(
+                f"{stage.key('expert_bias_rate')}={stage.expert_bias_rate:g} with model.ffn="
+                f"{config.model.ffn}: there are no experts to balance; remove it from the stage"
+            )
     _check_optimizer(config)
     if config.runtime.attention == "flash_attn" and config.precision != "bf16":
         raise ConfigError(
@@ -101,6 +108,8 @@ def derive(config: Config, world_size: int) -> Derived:
         ConfigError: the ranks or the batch cannot be shared as the config asks.
     """
     p, t = config.parallel, config.train
+    if world_size < 1:
+        raise ConfigError(f"{world_size} ranks: a run needs at least 1")
     model_ranks = p.tensor * p.pipeline * p.context
     if world_size % model_ranks:
         raise ConfigError(
@@ -177,6 +186,7 @@ def _check_ranges(config: Config) -> None:
         "model.num_heads": m.num_heads,
         "model.vocab_size": m.vocab_size,
         "model.dense_ffn": m.dense_ffn,
+        "model.moe.num_groups": m.moe.num_groups,
         "parallel.tensor": p.tensor,
         "parallel.pipeline": p.pipeline,
         "parallel.virtual_pipeline": p.virtual_pipeline,
@@ -184,7 +194,6 @@ def _check_ranges(config: Config) -> None:
         "parallel.expert": p.expert,
         "parallel.expert_tensor": p.expert_tensor,
         "train.steps": 1 if t.steps is None else t.steps,
-        "train.tokens": 1 if t.tokens is None else t.tokens,
         "train.context": t.context,
         "train.global_batch": t.global_batch,
         "train.micro_batch": t.micro_batch,
@@ -197,7 +206,10 @@ def _check_ranges(config: Config) -> None:
     for key, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{key}={value}: must be positive")
+    if t.tokens is not None:
+        whole_number("train.tokens", t.tokens)
     not_negative = {
+        "data.num_workers": config.data.num_workers,
         "train.save_every": t.save_every,
         "train.eval_every": t.eval_every,
         "train.eval_batches": t.eval_batches,
@@ -258,7 +270,7 @@ def _check_model(config: Config) -> None:
 
 def _check_expert_groups(moe: MoEConfig) -> None:
     """Group-limited routing: groups of equal size, enough of them for top_k experts."""
-    if moe.num_groups < 1 or moe.num_experts % moe.num_groups:
+    if moe.num_experts % moe.num_groups:
         raise ConfigError(
             f"model.moe.num_groups={moe.num_groups} must divide model.moe.num_experts="
             f"{moe.num_experts}; 1 switches groups off"

@@ -24,7 +24,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megakda.config import Config, derive
-from megakda.config.plan import Stream
+from megakda.config.plan import Plan, Stream
 from megakda.config.schema import DataConfig
 from megakda.config.stages import read_stages
 from megakda.data.chat_corpus import prepare_stdlib_chat
@@ -183,10 +183,61 @@ class Datasets:
         """Of the stream that is read first: the only one, unless stages change context or data."""
         return next(iter(self.streams.values())).train
 
-    @property
-    def valid(self) -> Any | None:
-        """Of the same stream."""
-        return next(iter(self.streams.values())).valid
+
+class StreamPositions:
+    """How far a run has read each stream of its plan.
+
+    Attributes:
+        consumed: sequences of each stream, by its number.
+        reordered: whether a stream that goes on has another order than in the checkpoint loaded.
+        begun: numbers of the stages ahead whose data the run of the checkpoint loaded did not have.
+    """
+
+    def __init__(self, plan: Plan, datasets: Datasets):
+        self._plan, self._datasets = plan, datasets
+        self._names = [stream.identity for stream in plan.streams]
+        self.consumed = [0] * len(plan.streams)
+        self.reordered = False
+        self.begun: list[int] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names, numbers and fingerprints, for the checkpoint."""
+        return {"streams": self._names, "consumed": self.consumed, "data_order": self._order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The counterpart of `state_dict`, also of a plan with other streams.
+
+        A stream goes on where it was, whatever its number. One whose name was not there takes the
+        position of the one that had its number, if that is gone: its settings may be another way
+        to write the same, and `reordered` tells where they are not.
+        """
+        # Checkpoints from before there were stages count one stream.
+        consumed = state.get("consumed") or [state["sequences_consumed"]]
+        order = state["data_order"] if "consumed" in state else {0: state["data_order"]}
+        names = state.get("streams") or self._names[: len(consumed)]
+        before: dict[int, int] = {}  # their number there by ours
+        for n, name in enumerate(self._names):
+            if name in names:
+                before[n] = names.index(name)
+            elif n < len(names) and names[n] not in self._names:
+                before[n] = n
+        self.consumed = [consumed[before[n]] if n in before else 0 for n in range(len(self._names))]
+        self.begun = [
+            stage.number
+            for stage in self._plan.stages
+            if stage.stream not in before and stage.first_step + stage.steps > state["steps_done"]
+        ]
+        self.reordered = any(
+            order.get(before[n], probe) != probe for n, probe in self._order().items()
+        )
+
+    def _order(self) -> dict[int, str]:
+        """What tells the order of the sequences read so far, for each stream that goes on."""
+        return {
+            n: order_probe(data.train, self.consumed[n])
+            for n, data in self._datasets.streams.items()
+            if self.consumed[n]
+        }
 
 
 def build_datasets(

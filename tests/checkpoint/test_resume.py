@@ -117,3 +117,22 @@ def test_weights_that_are_not_there(ranks, corpus, tmp_path):
     kind, message = ranks.run(1, jobs.error_of, jobs.fit, overrides, corpus, out)[0]
     assert kind == "CheckpointError"
     assert f"train.weights={tmp_path / 'nothing'}: not a complete checkpoint" in message
+
+
+def resume_points(corpus: str, folders: list[str]) -> str:
+    """Where this rank resumes if `folders` are what each rank finds."""
+    from megakda.trainer import resume_point
+
+    with jobs.trainer([], corpus) as run:
+        run.config.train.resume = folders[torch.distributed.get_rank()]
+        return str(resume_point(run.config))
+
+
+def test_all_ranks_resume_what_rank_0_finds(ranks, corpus, tmp_path):
+    """Between two ranks' looks another run may have ended a save."""
+    folders = [tmp_path / "step_00000001", tmp_path / "step_00000002"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+    found = ranks.run(2, resume_points, str(corpus), [str(folder) for folder in folders])
+    assert found == [str(folders[0])] * 2

@@ -286,6 +286,8 @@ def test_settings_that_an_older_manifest_lacks_are_at_their_defaults(saved, tmp_
     grouped = {**model, "moe": {**model["moe"], "num_groups": 4}}
     with pytest.raises(CheckpointError, match=r"moe\.num_groups is 1 there and 4 here"):
         check_architecture(tmp_path, grouped)
+    other_rate = {**model, "init_std": 0.1, "moe": {**model["moe"], "bias_update_rate": 0.5}}
+    check_architecture(tmp_path, other_rate)  # how a model is trained
     del old["model"]["num_heads"]  # which has no default
     assert architecture_differences(old["model"], model) == [
         "model.num_heads is None there and 4 here"

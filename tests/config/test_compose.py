@@ -84,6 +84,11 @@ COMPOSE_ERRORS = {
     "unknown experiment": (["experiment=pretrain/nope"], ["experiment=pretrain/nope"]),
     "wrong type": (["model.num_layers=many"], ["model.num_layers", "many", "Integer"]),
     "unparsable": (["train.steps=="], ["train.steps==", "key=value"]),
+    "a stage of no stages": (
+        ["schedule.stages.0.kind=cosine"],
+        ["schedule.stages.0.kind=cosine", "null", "'schedule.stages=[{kind"],
+    ),
+    "an entry of no list": (["+data.weights.0=3"], ["+data.weights.0=3", "null"]),
 }
 
 
@@ -247,8 +252,27 @@ RULES = {
     "warmup longer than the run": (
         ["schedule=cosine", "schedule.warmup_steps=10", "train.steps=5"],
         1,
-        ["schedule.warmup_steps=10", "train.steps=5"],
+        ["schedule.warmup_steps=10 and a step of schedule.style=cosine", "train.steps=5"],
     ),
+    "warmup longer than the budget": (
+        ["schedule.warmup_steps=10", "schedule.decay_steps=5", "train.steps=null"]
+        + ["train.context=64", "train.global_batch=8", "train.tokens=5120"],
+        1,
+        [
+            "schedule.warmup_steps=10 and schedule.decay_steps=5 do not fit in the 10 steps that "
+            "train.tokens=5,120 come to"
+        ],
+    ),
+    "a budget below a step": (
+        ["train.steps=null", "train.tokens=1000"],
+        1,
+        ["train.tokens=1,000", "less than half a step", "8 x train.context=4096 = 32,768"],
+    ),
+    "a budget without end": (["train.tokens=inf"], 1, ["train.tokens=inf", "whole number"]),
+    "a fraction of a token": (["train.tokens=1000000.5"], 1, ["train.tokens=1000000.5", "whole"]),
+    "workers": (["data.num_workers=-1"], 1, ["data.num_workers=-1", "not be negative"]),
+    "no ranks": ([], 0, ["0 ranks", "at least 1"]),
+    "fewer ranks than none": ([], -2, ["-2 ranks", "at least 1"]),
     "tau of zero": (["optim.qk_clip=0"], 1, ["optim.qk_clip=0", "positive", "null"]),
     "negative tau": (["optim.qk_clip=-3"], 1, ["optim.qk_clip=-3", "positive"]),
     "tau is no number": (["optim.qk_clip=nan"], 1, ["optim.qk_clip=nan", "positive"]),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megakda.config import compose, to_yaml, validate
 from megakda.config.pattern import layer_kinds
 from megakda.config.scale import _shares, scaled
-from megakda.config.schema import ScaleConfig
+from megakda.config.schema import ScaleConfig, ScheduleConfig
 from megakda.config.stages import read_stages
 from megakda.errors import ConfigError
 
@@ -138,6 +138,26 @@ def test_ramps_and_data_of_stages():
     assert sum(stage["steps"] for stage in stages) == 20
 
 
+def test_weights_are_not_used_and_a_run_can_be_repeated():
+    with pytest.warns(UserWarning, match=r"train\.weights=runs/before is not used"):
+        config = compose([PRETRAIN, "scale=smoke", "train.weights=runs/before"])
+    assert (config.train.weights, config.train.resume) == (None, "auto")
+    assert compose(["scale=smoke", "train.resume=none"]).train.resume == "none"
+
+
+def test_the_short_form_becomes_stages():
+    schedule = compose(["schedule=cosine", "schedule.warmup_steps=5", "scale=smoke"]).schedule
+    assert [stage["kind"] for stage in schedule.stages] == ["warmup", "cosine"]
+    assert replace(schedule, stages=None) == ScheduleConfig()
+    beside = compose([PRETRAIN, "schedule=cosine", "scale=smoke"]).schedule
+    assert beside.style == "cosine"
+
+
+def test_prepared_data_get_the_tokenizer_that_the_vocabulary_has_room_for():
+    data = compose(["scale=smoke", "data.tokenizer=hf:somewhere"]).data
+    assert (data.prepare, data.tokenizer) == ("stdlib", "byte")
+
+
 def test_answers_are_learned_from_conversations():
     data = compose(["experiment=sft/chat", "scale=smoke"]).data
     assert (data.paths, data.loss) == (["data/stdlib/stdlib_chat"], "answers")
@@ -147,7 +167,8 @@ def test_answers_are_learned_from_conversations():
 def test_what_is_smaller_stays_as_it_is():
     config = compose(["scale=smoke", "train.steps=3", "train.context=32", "train.global_batch=2"])
     assert (config.train.steps, config.train.context, config.train.global_batch) == (3, 32, 2)
-    assert compose(["scale=smoke", "train.out=/tmp/mine"]).train.out == "/tmp/mine"
+    for out in ("/tmp/mine", "", "runs_of_mine/a"):
+        assert compose(["scale=smoke", f"train.out={out}"]).train.out == out
 
 
 @pytest.mark.parametrize(
@@ -158,6 +179,21 @@ def test_what_is_smaller_stays_as_it_is():
         ([PRETRAIN, "scale.steps=4"], ["scale.steps=4", "5 stages"]),
         (["model.pattern=3-1"], ["model.pattern='3-1'", "a:b"]),
         (["scale=smok"], ["scale=smok", "did you mean smoke"]),
+        # What the real run refuses, at its own sizes
+        *(
+            ([f"{key}=0"], [f"{key}=0", "positive"])
+            for key in (
+                *("train.context", "train.global_batch", "train.micro_batch"),
+                *("model.moe.num_groups", "parallel.context", "parallel.expert_tensor"),
+            )
+        ),
+        (["parallel.tensor=-2"], ["parallel.tensor=-2", "positive"]),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=0"],
+            ["parallel.virtual_pipeline=0", "positive"],
+        ),
+        ([PRETRAIN, "train.micro_batch=7"], ["train.global_batch=7808", "multiple of"]),
+        ([PRETRAIN, "parallel.pipeline_layers=null"], ["model.num_layers=27", "[7,7,7,6]"]),
     ],
 )
 def test_errors(overrides, expected):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from megakda.config import Config, Derived, compose, validate
 from megakda.config.plan import Plan
-from megakda.config.stages import read_stages, summary
+from megakda.config.schema import ScheduleConfig
+from megakda.config.stages import read_stages, summary, unread_settings
 from megakda.errors import ConfigError
 
 WHOLE = [
@@ -181,6 +182,25 @@ def test_a_batch_that_grows():
     assert plan_of({"kind": "warmup", "steps": 2, **grows}).steps == 2  # fewer steps than sizes
 
 
+def test_a_short_stage_whose_batch_grows_keeps_to_its_length():
+    """One step of the last batch, less of the others, and within half of that step."""
+    step = 64 * 64
+    for length in (step, 3 * step // 2, 5 * step):
+        plan = plan_of(
+            {"kind": "warmup", "tokens": length, "batch": {"from": 8, "to": 64}},
+            {"kind": "constant", "tokens": length},
+        )
+        assert plan.stages[0].batch == 64
+        assert plan.stages[0].tokens == pytest.approx(length, abs=step / 2)
+        assert plan.tokens == pytest.approx(2 * length, abs=STEP / 2)
+
+
+def test_a_stage_after_much_longer_steps_has_a_step():
+    long = {"kind": "warmup", "tokens": 96 * 64, "batch": 64}  # 1.5 steps, so 2
+    plan = plan_of(long, {"kind": "constant", "tokens": STEP}, {"kind": "constant", "steps": 1})
+    assert [stage.steps for stage in plan.stages] == [2, 1, 1]
+
+
 def test_what_a_stage_changes_is_its_own():
     longer = {"context": 128, "batch": 4, "micro_batch": 1, "expert_bias_rate": 0.0}
     plan = plan_of(fall(steps=2), fall(steps=2, **longer), fall(steps=2), ranks=2)
@@ -213,6 +233,16 @@ def test_data_of_a_stage():
     assert second.split == config.data.split
 
 
+def test_only_what_decides_the_sequences_makes_a_stream():
+    plan = plan_of(
+        fall(steps=1),
+        fall(steps=1, data={"cache": "/tmp/elsewhere", "paths": ["corpus/a"]}),
+        fall(steps=1, data={"split": [90.0, 10.0, 0.0]}),
+        overrides=("data.prepare=stdlib",),
+    )
+    assert [stage.stream for stage in plan.stages] == [0, 0, 1]
+
+
 def test_an_end_that_is_passed():
     """Whoever steps on beyond the end trains as in the last step."""
     plan = plan_of({"kind": "warmup", "steps": 2}, fall(steps=2))
@@ -233,6 +263,30 @@ def test_what_a_person_reads():
         "tokens in all 8,960 in 18 steps",
     ]
     assert summary(config) == "warmup to 1 for 2 steps, linear to 0.1 for 8,192 tokens"
+
+
+def test_what_stages_change_stands_in_the_table():
+    blend = {"paths": ["x", "y"], "weights": [1.0, 2.5], "packing": "documents"}
+    first, second = plan_of(
+        fall(steps=1), fall(steps=1, expert_bias_rate=0.0, data=blend, micro_batch=1)
+    ).rows()
+    assert (first["bias-rate"], second["bias-rate"]) == ("0.001", "0")
+    assert first["data"] == "paths=corpus/a weights=null packing=none"
+    assert second["data"] == "paths=x,y weights=1,2.5 packing=documents"
+
+
+def test_a_short_form_beside_stages_is_named():
+    assert composed(()).schedule == ScheduleConfig()  # so that its defaults are what nobody said
+    config = config_of(fall(steps=1))
+    assert unread_settings(config) is None
+    said = config_of(fall(steps=1), overrides=("schedule=cosine", "schedule.warmup_steps=2000"))
+    note = unread_settings(said)
+    assert note is not None
+    assert "schedule.style=cosine, schedule.warmup_steps=2000 are not read" in note
+    assert "schedule.stages=null" in note
+    assert validate(said, 1).lines(said)[-1] == f"note: {note}"
+    said.schedule.stages = None
+    assert unread_settings(said) is None
 
 
 ONE, WARM = fall(steps=1), {"kind": "warmup", "steps": 1}
@@ -256,6 +310,11 @@ ERRORS: dict[str, tuple[list[Any], list[str], list[str]]] = {
         [WARM, fall(tokens=200)],
         [],
         ["schedule.stages[1] (linear) has 200 tokens", "8 x 64 = 512"],
+    ),
+    "a growing batch that does not get to its end": (
+        [WARM, fall(tokens=1000, batch={"from": 4, "to": 16})],
+        [],
+        ["schedule.stages[1] (linear) has 1,000 tokens", "16 x 64 = 1,024", "batch.to"],
     ),
     "fraction of a step": ([fall(steps=1.5)], [], ["schedule.stages[0].steps=1.5", "whole"]),
     "negative tokens": ([fall(tokens=-1e9)], [], ["schedule.stages[0].tokens=-1000000000.0"]),
@@ -319,7 +378,7 @@ ERRORS: dict[str, tuple[list[Any], list[str], list[str]]] = {
         [],
         ["schedule.stages[0].batch.by=1", "2 x 2 = 4", "batch.by=4"],
     ),
-    "a batch that shrinks": ([fall(steps=1, batch={"from": 8, "to": 4})], [], ["must grow"]),
+    "a batch that shrinks": ([fall(steps=1, batch={"from": 8, "to": 4})], [], ["cannot fall"]),
     "half a growing batch": ([fall(steps=1, batch={"to": 4})], [], ["{'to': 4}", "from: 64"]),
     "micro-batches when interleaved": (
         [fall(steps=1, batch=6)],
@@ -347,14 +406,24 @@ ERRORS: dict[str, tuple[list[Any], list[str], list[str]]] = {
         ["schedule.stages[0].data.path", "did you mean paths"],
     ),
     "a type in the data": (
-        [fall(steps=1, data={"num_workers": "many"})],
+        [fall(steps=1, data={"weights": ["many"]})],
         [],
-        ["schedule.stages[0].data.num_workers", "many"],
+        ["schedule.stages[0].data.weights", "many"],
     ),
     "another tokenizer": (
         [fall(steps=1, data={"tokenizer": "byte"})],
         [],
         ["schedule.stages[0].data.tokenizer", "data.tokenizer"],
+    ),
+    "workers of a stage": (
+        [fall(steps=1, data={"num_workers": 2})],
+        [],
+        ["schedule.stages[0].data.num_workers", "set data.num_workers"],
+    ),
+    "a bias rate without experts": (
+        [fall(steps=1, expert_bias_rate=0.0)],
+        ["model.ffn=dense"],
+        ["schedule.stages[0].expert_bias_rate=0", "model.ffn=dense"],
     ),
     "a negative bias rate": (
         [fall(steps=1, expert_bias_rate=-1.0)],
@@ -422,4 +491,9 @@ def test_a_plan_is_one_run(drawn):
         assert plan.step_at(token - 1) == step
         assert 0 < now.lr <= 1.0
     assert token == plan.tokens
+    # Roundings do not add up.
+    asked = sum(
+        said.get("tokens", stage.tokens) for stage, said in zip(plan.stages, stages, strict=True)
+    )
+    assert abs(token - asked) < max(stage.batch * stage.context for stage in plan.stages)
     assert sum(s.sequences * s.context for s in plan.streams) == token

@@ -87,6 +87,12 @@ def test_the_tool_needs_no_data(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "3 cosine" in done.stdout and "on 2 ranks (data 1)" in done.stdout
     assert done.stdout.splitlines()[-1] == str(out) and out.exists()
+    assert "note:" not in done.stdout
+    here = [sys.executable, str(tool), "--out", str(tmp_path), *RUN, "schedule=cosine"]
+    failed = subprocess.run(here, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert f"--out {tmp_path}: " in failed.stderr
+    assert "note: schedule.stages is set, so schedule.style=cosine" in failed.stdout
     wrong = [sys.executable, str(tool), "--out", str(out), "schedule.stages=[{kind: cosin}]"]
     failed = subprocess.run(wrong, capture_output=True, text=True, timeout=120)
     assert failed.returncode == 2 and "did you mean cosine" in failed.stderr

@@ -47,7 +47,7 @@ def walk(overrides: list[str], corpus: str) -> list[tuple[float, ...]]:
         for _ in range(run.plan.steps):
             result = run.step(run.batches())
             found.append((result.loss, result.grad_norm, result.lr, run.validate()))
-        assert run.consumed == [2 * 4 + 1 * 4 + sum(BATCHES[5:]), 2 * 2]
+        assert run.positions.consumed == [2 * 4 + 1 * 4 + sum(BATCHES[5:]), 2 * 2]
         return found
 
 
@@ -74,7 +74,7 @@ def again(overrides: list[str], corpus: str, run_folder: str, after: list[int]) 
         resume = f"train.resume={run_folder}/checkpoints/step_{step:08d}"
         with jobs.trainer([*RUN, *overrides, resume], corpus) as run:
             run.resume()
-            assert not run.data_reordered
+            assert not run.positions.reordered
             found[step] = [run.step(run.batches()).loss for _ in range(step, run.plan.steps)]
     return found
 
@@ -95,6 +95,35 @@ def test_a_run_resumes_in_and_between_stages(ranks, corpus, tmp_path, world, ove
     assert parts == {step: whole[step:] for step in after}
     if world == 1:
         check_rows(Path(out))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_ends_of_stages_are_saved_and_stay(ranks, corpus, tmp_path, kept):
+    """Where a run saves on its way at all."""
+    save = ["train.save_every=3" if kept else "train.save_every=0", "checkpoint.keep_last=1"]
+    ranks.run(1, jobs.fit, [*RUN, *save, "train.eval_batches=0"], str(corpus), str(tmp_path))
+    found = [path.name for path in sorted((tmp_path / "checkpoints").glob("step_*"))]
+    steps = [2, 4, 5, STEPS] if kept else [STEPS]
+    assert found == [f"step_{step:08d}" for step in steps]
+
+
+def changed_data(corpus: str, spike_sigmas: float) -> list[str | None]:
+    """Problems of each step; from the third on, data of which no loss is like those before."""
+    stages = (
+        "schedule.stages=[{kind: warmup, steps: 3},"
+        "{kind: constant, steps: 2, data: {packing: documents}}]"
+    )
+    guard = [f"train.guard.spike_sigmas={spike_sigmas}", "train.guard.spike_window=2"]
+    with jobs.trainer([stages, "train.steps=null", *guard], corpus) as run:
+        judge = run.guard.judge
+        run.guard.judge = lambda loss, norm, stream: judge(
+            9.0 if "documents" in stream else 2.0, norm, stream
+        )
+        return [run.step(run.batches()).problem for _ in range(run.plan.steps)]
+
+
+def test_the_guard_compares_no_stage_to_other_data(ranks, corpus):
+    assert ranks.run(1, changed_data, str(corpus), 3.0)[0] == [None] * 5
 
 
 def check_rows(out: Path) -> None:
