@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise ConfigError(f"--top={args.top}: must be at least 1")
+    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise ConfigError(f"--json={args.json}: must be a file in a folder that exists")
     from megakda.plan.cluster import take_cluster
 
     cluster, overrides = take_cluster(args.overrides)
@@ -59,8 +61,9 @@ def _run(args: argparse.Namespace) -> int:
         found = search(config, cluster, args.top)
         for proposal in found.proposals:
             check_built(proposal.plan)
-        data = {"search": report.search_data(found)}
-        print(report.describe_search(found, found.proposals[0].plan))
+        given = report.as_data(found.given) if found.given else None
+        data = {"search": report.search_data(found), "given": given, "notes": list(found.notes)}
+        print(report.describe_search(found))
         print(f"\nThe first of them:\n\n{report.describe(found.proposals[0].plan)}")
     else:
         plan = make_plan(config, cluster)

@@ -214,7 +214,7 @@ class TrainConfig:
     global_batch: int = 8  # sequences per optimizer step, over all ranks
     micro_batch: int = 1  # sequences per rank and forward pass
     out: str = "runs/${model.name}"
-    save_every: int = 0  # steps; 0: only at the end
+    save_every: int = 0  # steps, and where a stage of schedule.stages ends; 0: only at the end
     eval_every: int = 0  # steps; 0: only at the end
     eval_batches: int = 4  # global batches per validation; 0: no validation
     resume: str = "auto"  # auto | none | a checkpoint folder

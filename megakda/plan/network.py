@@ -151,7 +151,7 @@ class Network:
         The owner of a matrix is the rank with the largest piece (see
         `megakda.optim.matrix_exchange`); the mean over the ranks of a pipeline stage.
         """
-        moved = sum(_moved_elements(buffer) for buffer in buffers)
+        moved = sum(buffer.moved_elements for buffer in buffers)
         stage = self.groups["stage"]
         if stage.ranks == 1 or not moved:
             return Transfer()
@@ -159,34 +159,6 @@ class Network:
         # Shards follow the data-parallel ranks, whose neighbours mostly are on other nodes.
         outside = size if self.groups["data"].near < self.groups["data"].ranks else 0.0
         return self.moved(size - outside, outside) + Transfer(calls=1)
-
-
-def _moved_elements(buffer: Buffer) -> float:
-    """Mean over ranks of the elements of matrices that go to another rank, one way."""
-    moved = 0.0
-    for weight, start in buffer.places:
-        at = start
-        for rows, columns, number, size in weight.matrices:
-            blocks = rows * columns / size  # tensor-parallel ranks that have a part of each
-            for _ in range(number):
-                largest = _largest_piece(buffer, at, at + size)
-                moved += (rows * columns - largest) / blocks
-                at += size
-    return moved / buffer.ranks
-
-
-def _largest_piece(buffer: Buffer, start: int, end: int) -> int:
-    """Of elements [start, end), the most that one data-parallel rank has."""
-    for first, last in zip(buffer.bounds, buffer.bounds[1:], strict=False):
-        if first <= start < last:
-            share = (last - first) // buffer.ranks
-            border = first + -(-(start + 1 - first) // share) * share  # the next one
-            if border >= end:
-                return end - start
-            if end - border >= share:
-                return share
-            return max(border - start, end - border)
-    raise AssertionError("a matrix outside all buckets")
 
 
 PURPOSE = {

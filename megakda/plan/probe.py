@@ -26,9 +26,10 @@ from megakda.layers.mla import MultiLatentAttention
 from megakda.models.dry_run import fake_ranks
 from megakda.optim.matrices import Assignment, assign
 from megakda.plan.meta_device import check_device, meta_device
-from megakda.plan.recorder import Recorder, Work
+from megakda.plan.recorder import OTHER, Recorder, Work
 
 EMBEDDING, HEAD = "embedding", "head"
+FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _probe(key: _Key) -> Probe:
             if isinstance(module, MultiLatentAttention) and config.optim.qk_clip is not None:
                 module.record_max_logits()
         for param in chunk.parameters():
-            param.register_post_accumulate_grad_hook(_drop_gradient)
+            param.register_post_accumulate_grad_hook(_accumulate(recorder))
         recorder.ignore([*chunk.parameters(), *chunk.buffers()])
         runner = _Runner(chunk, config, recorder)
         workspace = runner.allocate_workspace()
@@ -208,9 +209,15 @@ def _probe(key: _Key) -> Probe:
         return Probe({unit.name: unit for unit in runner.run()}, workspace, activation)
 
 
-def _drop_gradient(param: torch.Tensor) -> None:
-    """megatron-core's wrapper adds it to the main gradient at this point, and drops it."""
-    param.grad = None
+def _accumulate(recorder: Recorder) -> Callable[[torch.Tensor], None]:
+    """What megatron-core's wrapper does at this point: it adds the gradient to the main one, which
+    is fp32, in an operation of its own, and drops it."""
+
+    def hook(param: torch.Tensor) -> None:
+        recorder.kernel(OTHER, 0, param.numel() * (param.element_size() + 2 * FP32))
+        param.grad = None
+
+    return hook
 
 
 def _group_names() -> dict[str, str]:

@@ -76,6 +76,8 @@ _MESSAGES = {
 }
 """From the dispatcher's name to ours, and to the argument that holds the whole tensor."""
 
+_WITHOUT_DATA = ("barrier", "monitored_barrier_")
+
 _PRODUCTS = {
     aten.mm: DENSE,
     aten.addmm: DENSE,
@@ -169,10 +171,11 @@ class Recorder(TorchDispatchMode):
         self.live -= self._known.pop(key)
 
     def _message(self, func: Any, args: tuple[Any, ...]) -> None:
-        found = _MESSAGES.get(func._overloadpacket.__name__)
-        if found is None:
+        name = func._overloadpacket.__name__
+        if name in _WITHOUT_DATA:
             return
-        operation, place = found
+        assert name in _MESSAGES, f"{name}: a collective that nobody has said how to count"
+        operation, place = _MESSAGES[name]
         group = next(
             torch.distributed.ProcessGroup.unbox(a)
             for a in args

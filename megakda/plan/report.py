@@ -12,7 +12,7 @@ from megakda.plan.planner import Phase, RunPlan, part_config
 from megakda.plan.probe import EMBEDDING, HEAD, unit_names
 from megakda.plan.search import Proposal, Searched
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 def describe(plan: RunPlan) -> str:
@@ -26,33 +26,63 @@ def describe(plan: RunPlan) -> str:
     return "\n\n".join(blocks)
 
 
-def describe_search(found: Searched, plan: RunPlan) -> str:
+def describe_search(found: Searched) -> str:
     """The proposals of a search, best first, and the overrides of each."""
+    first = found.proposals[0].plan
+    cluster, given = first.cluster, found.given
     rows = [
         [
             str(number),
-            f"{main.time.seconds:.2f} s",
+            duration(main.time.seconds),
+            f"{given.seconds / p.plan.seconds:.2f}x" if given else "-",
             f"{main.mfu:.1%}",
-            f"{p.plan.bytes / GIB:.1f} GiB",
-            f"{p.plan.gpu_hours:,.0f}",
+            size(p.plan.bytes),
+            _hours(p.plan),
             _layout(p.plan),
         ]
         for number, p in enumerate(found.proposals, start=1)
         for main in [longest_phase(p.plan)]
     ]
-    cluster = plan.cluster
+    header = ["", "step", "speed", "MFU", "memory", "GPU-hours", "layout"]
     lines = [
         _title(f"Best layouts of {found.tried:,} valid ones on {cluster.name} x {cluster.gpus}"),
-        table(["", "step", "MFU", "memory", "GPU-hours", "layout"], rows, left=(5,)),
-        "Each was accepted by the trainer's own validation and built on the meta device at "
-        f"{cluster.gpus:,} ranks.",
+        table(header, rows, left=(6,)),
     ]
+    if given:
+        lines.append(
+            f"The recipe as it is, speed 1: {duration(longest_phase(given).time.seconds)} a step, "
+            f"{size(given.bytes)}{'' if given.fits else ', which does not fit'}, {_layout(given)}"
+        )
+    lines += found.notes
+    lines.append(
+        "Each was accepted by the trainer's own validation and built on the meta device at "
+        f"{cluster.gpus:,} ranks."
+    )
     for number, proposal in enumerate(found.proposals, start=1):
         lines.append(
             f"{number:>2}. {proposal.reason}\n    "
             + (" ".join(proposal.overrides) or "(the recipe as it is)")
         )
     return "\n\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """With milliseconds where seconds would say nothing."""
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.2f} ms"
+
+
+def size(count: float) -> str:
+    """Of bytes, in MiB where GiB would say nothing."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / MIB:.1f} MiB"
+
+
+def _hours(plan: RunPlan) -> str:
+    return f"{plan.gpu_hours:,.0f}" if plan.gpu_hours >= 10 else f"{plan.gpu_hours:.2g}"
+
+
+def _unit(most: float) -> tuple[str, int]:
+    """For a table of bytes up to `most`."""
+    return ("GiB", GIB) if most >= GIB / 10 else ("MiB", MIB)
 
 
 def longest_phase(plan: RunPlan) -> Phase:
@@ -141,12 +171,14 @@ def _memory(plan: RunPlan, phase: Phase) -> str:
     """Per pipeline stage, in GiB."""
     header = ["stage", "layers", "weights", "gradients", "main", "moments", "activations"]
     header += ["in flight", "total", "of GPU"]
+    fullest = phase.fullest
+    in_unit, unit = _unit(fullest.total)
     rows = [
         [
             str(m.stage),
             ",".join(f"{first + 1}-{last}" for first, last in m.layers),
             *(
-                f"{x / GIB:.2f}"
+                f"{x / unit:.2f}"
                 for x in (
                     m.state.weights,
                     m.state.gradients,
@@ -156,13 +188,12 @@ def _memory(plan: RunPlan, phase: Phase) -> str:
                 )
             ),
             str(m.activations.in_flight),
-            f"{m.total / GIB:.2f}",
+            f"{m.total / unit:.2f}",
             f"{m.total / plan.cluster.memory:.0%}",
         ]
         for m in phase.memory
     ]
-    fullest = phase.fullest
-    name, size = biggest(fullest)
+    name, most = biggest(fullest)
     a = fullest.activations
     free = plan.cluster.usable - fullest.total
     verdict = (
@@ -172,13 +203,13 @@ def _memory(plan: RunPlan, phase: Phase) -> str:
     )
     return "\n".join(
         [
-            "Memory of a GPU, GiB, on the fullest rank of each pipeline stage",
+            f"Memory of a GPU, {in_unit}, on the fullest rank of each pipeline stage",
             table(header, rows, left=(1,)),
             f"{verdict} of {plan.cluster.usable / GIB:.1f} GiB ({plan.cluster.memory_headroom:.0%} "
             f"of {plan.cluster.memory / GIB:.1f} GiB kept free).",
-            f"Biggest on stage {fullest.stage}: {name}, {size / GIB:.2f} GiB. Activations are "
+            f"Biggest on stage {fullest.stage}: {name}, {size(most)}. Activations are "
             f"fullest in the {'backward' if a.backward else 'forward'} pass of {a.unit}: "
-            f"{a.saved / GIB:.2f} GiB saved, {a.working / GIB:.2f} GiB at work.",
+            f"{size(a.saved)} saved, {size(a.working)} at work.",
         ]
     )
 
@@ -197,19 +228,22 @@ def biggest(memory: StageMemory) -> tuple[str, int]:
 
 
 def _traffic(phase: Phase) -> str:
+    transfers = phase.time.traffic
+    name, unit = _unit(max(max(x.nvlink, x.network) for x in transfers.values()))
     rows = [
         [
-            name,
-            f"{transfer.nvlink / GIB:,.2f}",
-            f"{transfer.network / GIB:,.2f}",
-            f"{transfer.seconds:.3f}",
-            f"{phase.time.exposed[name]:.3f}",
+            purpose,
+            f"{transfer.nvlink / unit:,.2f}",
+            f"{transfer.network / unit:,.2f}",
+            f"{transfer.seconds * 1e3:,.2f}",
+            f"{phase.time.exposed[purpose] * 1e3:,.2f}",
         ]
-        for name, transfer in phase.time.traffic.items()
+        for purpose, transfer in transfers.items()
     ]
-    header = ["what", "NVLink GiB", "network GiB", "seconds", "awaited"]
+    header = ["what", f"NVLink {name}", f"network {name}", "ms", "awaited ms"]
     return (
-        f"Sent by a GPU of stage {phase.time.slowest} in a step\n{table(header, rows, left=(0,))}"
+        f"Sent by a GPU of stage {phase.time.slowest} in a step (awaited: by the stage that waits "
+        f"longest)\n{table(header, rows, left=(0,))}"
     )
 
 
@@ -243,17 +277,17 @@ def _time(phase: Phase) -> str:
     time = phase.time
     parts = sorted(time.breakdown.items(), key=lambda part: -part[1])
     rows = [
-        [name, f"{seconds:.3f}", f"{seconds / time.seconds:.1%}"]
+        [name, duration(seconds), f"{seconds / time.seconds:.1%}"]
         for name, seconds in parts
-        if seconds >= 5e-4
+        if seconds >= 5e-4 * time.seconds
     ]
     tokens = phase.global_batch * phase.context
     return "\n".join(
         [
             f"Expected time of a step, {phase.micro_batches} micro-batches of "
             f"{phase.micro_batch} x {phase.context:,} tokens per rank",
-            table(["", "seconds", "share"], rows, left=(0,)),
-            f"{time.seconds:.3f} s a step, {tokens / time.seconds / 1e6:.2f}M tokens/s, "
+            table(["", "time", "share"], rows, left=(0,)),
+            f"{duration(time.seconds)} a step, {tokens / time.seconds / 1e6:.2f}M tokens/s, "
             f"MFU {phase.mfu:.1%}. Biggest: {parts[0][0]}.",
             f"Model {phase.model_flops / 1e15:,.1f} PFLOP a step, computed "
             f"{phase.hardware_flops / 1e15:,.1f} PFLOP with recomputation.",
@@ -267,7 +301,7 @@ def _cost(plan: RunPlan) -> str:
     lines = [
         _title("The whole run"),
         f"{tokens / 1e9:,.1f}B tokens in {steps:,} steps: {plan.seconds / 86400:,.1f} days, "
-        f"{plan.gpu_hours:,.0f} GPU-hours, without validation, saving and failures.",
+        f"{_hours(plan)} GPU-hours, without validation, saving and failures.",
     ]
     if plan.price is not None:
         lines.append(
@@ -283,8 +317,9 @@ def _assumptions(plan: RunPlan) -> str:
     return "\n".join(
         [
             _title("What is counted and what is assumed"),
-            "Counted on the layers themselves: parameters, state, saved activations, messages, "
-            "FLOPs.",
+            "Counted on the layers themselves: parameters, saved activations, FLOPs, messages of "
+            "tensor, expert and context parallelism. By megatron-core's rules: state, and messages "
+            "of data parallelism, pipeline and Muon.",
             f"Assumed, never measured (recipes/cluster/{c.name}.yaml): shares of the rates, "
             f"{shares}; {c.latency_us:g} us per collective call; {c.launch_us:g} us per launch; "
             f"{c.memory_headroom:.0%} of memory kept free.",
@@ -309,7 +344,8 @@ def _layout(plan: RunPlan) -> str:
     words += [f"CP{p.context} {p.context_mode}/{p.context_attention}"] * (p.context > 1)
     words += [f"EP{p.expert}"] * (plan.config.model.ffn == "moe")
     words += [f"ETP{p.expert_tensor}"] * (p.expert_tensor > 1)
-    words += [f"DP{plan.derived.data_parallel}", f"recompute {p.recompute}"]
+    modules = f" {'+'.join(p.recompute_modules)}" if p.recompute == "selective" else ""
+    words += [f"DP{plan.derived.data_parallel}", f"recompute {p.recompute}{modules}"]
     words.append(f"micro-batch {train.micro_batch}")
     if p.pipeline_layers is not None:
         words.append(f"layers {'-'.join(map(str, p.pipeline_layers))}")

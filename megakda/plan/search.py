@@ -1,10 +1,11 @@
 """Layouts for a run on a cluster, best first.
 
-Two rounds, since looking at every layout would take an hour. The first tries tensor, pipeline,
-context and expert sizes with selective recomputation and one sequence per micro-batch, and keeps
+Two rounds, since looking at every layout would take an hour. The first tries tensor, context,
+expert and pipeline sizes with selective recomputation and one sequence per micro-batch, and keeps
 the promising ways to cut layers. The second tries those with all ways of recomputation and larger
-micro-batches. Every candidate goes through `megakda.config.validate`, as a run would, and those
-that are proposed are then built on the meta device at full rank count.
+micro-batches, and the best with other modes of context parallelism. Every candidate goes through
+`megakda.config.validate`, as a run would, and those that are proposed are then built on the meta
+device at full rank count.
 """
 
 from __future__ import annotations
@@ -13,27 +14,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megakda.config import Config, Derived, validate
+from megakda.config import Config, validate
 from megakda.config.schema import ParallelConfig
-from megakda.config.validate import derive
 from megakda.errors import ConfigError
 from megakda.models.dry_run import build_rank
+from megakda.plan.candidates import Candidate, Judge
 from megakda.plan.cluster import Cluster
-from megakda.plan.memory import stage_buffers, stage_memory
-from megakda.plan.meta_device import GPU
-from megakda.plan.network import Network
-from megakda.plan.planner import RunPlan, main_part, make_plan, part_config, parts_of
-from megakda.plan.probe import EMBEDDING, HEAD, Probe, probe, unit_names
-from megakda.plan.state import state_of
-from megakda.plan.timing import Clock, step_time
+from megakda.plan.planner import RunPlan, make_plan, parts_of
+from megakda.plan.timing import Clock
 
-LONG = 16_384
-"""Tokens of a sequence from which sharing it among ranks is tried."""
+WAYS, SHARED_WAYS = 5, 2
+"""Ways to cut layers (tensor, context, expert) that get into the second round; and of those, ways
+that are also tried with more context parallelism, where a part of the run has longer sequences."""
 
 MICRO_BATCHES = (1, 2, 4)
 
-WAYS = 8
-"""Ways to cut layers (tensor, context, expert) that get into the second round."""
+LIGHT = ["core_attn", "layernorm"]
+"""Modules that cost little to recompute."""
+
+LONG, VERY_LONG = 16_384, 131_072
+"""Tokens of a sequence from which sharing it among ranks is tried; and from which too many layouts
+are possible to look at those that can hardly be good."""
 
 
 @dataclass(frozen=True)
@@ -58,84 +59,141 @@ class Searched:
     Attributes:
         proposals: best first.
         tried: candidates that are valid.
+        given: the plan of the recipe as it is; None where it is not valid on the cluster.
+        notes: what is good to know besides.
     """
 
     proposals: tuple[Proposal, ...]
     tried: int
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    config: Config
-    derived: Derived
-    seconds: float  # of the whole run, going by its longest part
+    given: RunPlan | None
+    notes: tuple[str, ...]
 
 
 def search(config: Config, cluster: Cluster, top: int = 10) -> Searched:
     """The fastest layouts of `config` on `cluster` that fit.
 
-    Only `parallel` and `train.micro_batch` change. With the distributed optimizer and overlapped
-    gradients and parameters throughout.
+    Only `parallel` and `train.micro_batch` change, with the distributed optimizer and overlapped
+    gradients and parameters throughout. The recipe as it is is among the candidates.
 
     Raises:
-        ConfigError: nothing is valid, or nothing fits.
+        ConfigError: nothing is valid, or nothing fits, or what is wrong with any layout.
     """
-    clock = Clock(cluster)
-    tried = 0
-    for tokens in _lengths(config):
-        found, rounds = _search(
-            config, cluster, clock, list(_layouts(config, cluster, tokens)), top
-        )
-        tried += sum(r.tried for r in rounds)
-        if found:
-            return Searched(tuple(found), tried)
-    raise ConfigError(_nothing(config, cluster, *rounds))
-
-
-def _lengths(config: Config) -> list[int]:
-    """Tokens of a sequence to share among ranks: those of most of the run; where nothing fits so,
-    those of its longest sequences."""
-    parts = parts_of(derive(_alone(config), 1))
+    alone = replace(config, parallel=ParallelConfig(), train=replace(config.train, micro_batch=1))
+    parts = parts_of(validate(alone, 1))
+    clock, notes, given = Clock(cluster), [], None
+    try:
+        given = make_plan(config, cluster, clock)
+    except ConfigError as error:
+        notes.append(f"The recipe as it is does not work here: {error}")
     usual = max(parts, key=lambda part: part.steps * part.context * part.global_batch).context
-    return list(dict.fromkeys([usual, max(part.context for part in parts)]))
+    longest = max(part.context for part in parts)
+    judge = Judge(cluster, clock)
+    for everything in (False, True) if longest >= LONG else (False,):
+        tokens = longest if everything else usual
+        candidates = _candidates(config, cluster, judge, tokens, longest, everything)
+        proposals = _proposals(config, cluster, clock, judge, candidates, given, top)
+        if proposals:
+            notes += judge.notes()
+            return Searched(tuple(proposals), judge.tried, given, tuple(notes))
+    raise ConfigError(judge.nothing(config))
 
 
-def _alone(config: Config) -> Config:
-    return replace(config, parallel=ParallelConfig(), train=replace(config.train, micro_batch=1))
-
-
-def _search(
-    config: Config, cluster: Cluster, clock: Clock, layouts: Sequence[ParallelConfig], top: int
-) -> tuple[list[Proposal], tuple[_Round, _Round]]:
-    """The best of some layouts, and both rounds."""
+def _candidates(
+    config: Config,
+    cluster: Cluster,
+    judge: Judge,
+    tokens: int,
+    longest: int,
+    everything: bool,
+) -> list[Candidate]:
+    """Both rounds over layouts for sequences of so many tokens; fastest first."""
     # Another way of recomputation may fit where the first round's does not.
-    first, second = _Round(cluster, clock, False), _Round(cluster, clock, True)
-    for layout in layouts:
-        first.add(_with(config, layout, "selective", 1))
     best: dict[tuple[int, ...], float] = {}
-    for candidate in first.found:
-        way = _way(candidate.config.parallel)
-        best[way] = min(candidate.seconds, best.get(way, candidate.seconds))
-    for way in sorted(best, key=lambda way: best[way])[:WAYS]:
-        own = [layout for layout in layouts if _way(layout) == way]
-        for recompute in ("none", "selective", "full"):
-            fastest = float("inf")
-            for micro_batch in MICRO_BATCHES:
-                seconds = [second.add(_with(config, x, recompute, micro_batch)) for x in own]
-                if min(seconds) >= fastest:
-                    break  # larger ones will not help either
-                fastest = min(seconds)
-    proposals: list[Proposal] = []
-    waiting = sorted(second.found, key=lambda candidate: candidate.seconds)
-    for candidate in waiting[: 40 * top]:
+    for way in _ways(config, cluster, tokens, everything):
+        layouts = _layouts(config, cluster, way, tokens)
+        found = [judge.add(_with(config, x, "selective", 1), False) for x in layouts]
+        seconds = [candidate.seconds for candidate in found if candidate]
+        if seconds:
+            best[way] = min(seconds)
+    ways = sorted(best, key=lambda way: best[way])[:WAYS]
+    if longest > tokens:
+        ways += [
+            (tensor, context * more, expert)
+            for tensor, context, expert in ways[:SHARED_WAYS]
+            for more in (2, 4)
+            if _sensible(longest, tensor, context * more)
+        ]
+    found = [
+        candidate
+        for way in dict.fromkeys(ways)
+        for recompute, modules in _recomputations(config)
+        # More ranks per sequence are there to recompute less.
+        if way in best or recompute != "full"
+        for candidate in _with_micro_batches(
+            config, cluster, judge, way, tokens, recompute, modules
+        )
+    ]
+    found.sort(key=lambda candidate: candidate.seconds)
+    shared = [candidate for candidate in found if candidate.config.parallel.context > 1]
+    for candidate in shared[:5]:
+        for layout in _modes(candidate.config.parallel, cluster):
+            other = judge.add(replace(candidate.config, parallel=layout), True)
+            found += [other] if other else []
+    return sorted(found, key=lambda candidate: candidate.seconds)
+
+
+def _with_micro_batches(
+    config: Config,
+    cluster: Cluster,
+    judge: Judge,
+    way: tuple[int, ...],
+    tokens: int,
+    recompute: str,
+    modules: list[str],
+) -> Iterator[Candidate]:
+    fastest = float("inf")
+    for micro_batch in MICRO_BATCHES:
+        found = [
+            candidate
+            for layout in _layouts(config, cluster, way, tokens)
+            if (
+                candidate := judge.add(
+                    _with(
+                        config, replace(layout, recompute_modules=modules), recompute, micro_batch
+                    ),
+                    True,
+                )
+            )
+        ]
+        yield from found
+        seconds = min((candidate.seconds for candidate in found), default=float("inf"))
+        if seconds >= fastest or not found:
+            return  # larger ones will not help either
+        fastest = seconds
+
+
+def _proposals(
+    config: Config,
+    cluster: Cluster,
+    clock: Clock,
+    judge: Judge,
+    candidates: Sequence[Candidate],
+    given: RunPlan | None,
+    top: int,
+) -> list[Proposal]:
+    """The best that fit all parts of the run, and the recipe if it is one of them."""
+    plans = [given] if given and given.fits else []
+    for candidate in candidates[: 40 * top]:
+        if any(candidate.config == plan.config for plan in plans) or not judge.fits(candidate):
+            continue
         plan = make_plan(candidate.config, cluster, clock)
-        if plan.fits:
-            proposals.append(Proposal(_overrides(config, candidate.config), plan, reason_of(plan)))
+        if judge.holds(plan.bytes):
+            plans.append(plan)
         # Other parts of the run may reorder neighbours, so a few more are looked at.
-        if len(proposals) >= top + 5:
+        if len(plans) >= top + 5:
             break
-    proposals.sort(key=lambda proposal: proposal.plan.seconds)
-    return proposals[:top], (first, second)
+    plans.sort(key=lambda plan: plan.seconds)
+    return [Proposal(_overrides(config, p.config), p, reason_of(p)) for p in plans[:top]]
 
 
 def check_built(plan: RunPlan) -> None:
@@ -154,58 +212,77 @@ def check_built(plan: RunPlan) -> None:
 # ------------------------------------------------------------------ candidates
 
 
-def _layouts(config: Config, cluster: Cluster, tokens: int) -> Iterator[ParallelConfig]:
-    """Sizes that could work for sequences of so many tokens; all else as given."""
-    model, world = config.model, cluster.gpus
-    experts = _powers(model.moe.num_experts) if model.ffn == "moe" else [1]
+def _ways(
+    config: Config, cluster: Cluster, tokens: int, everything: bool
+) -> Iterator[tuple[int, ...]]:
+    """Sizes (tensor, context, expert) that could work for sequences of so many tokens."""
+    model = config.model
+    experts = _powers(min(64, model.moe.num_experts)) if model.ffn == "moe" else [1]
     for tensor in _powers(min(cluster.gpus_per_node, model.num_heads)):
-        for context, pipeline in product(_contexts(tokens), _powers(model.num_layers)):
-            if world % (tensor * context * pipeline):
-                continue
-            for expert, virtual in product(experts, (1, 2, 3)):
-                chunks = pipeline * virtual
-                if expert > 64 or (virtual > 1 and (pipeline == 1 or chunks > model.num_layers)):
-                    continue
-                if world % (pipeline * expert) or model.num_heads % tensor:
-                    continue
-                base = replace(
-                    config.parallel,
-                    tensor=tensor,
-                    sequence=True,
-                    pipeline=pipeline,
-                    virtual_pipeline=virtual,
-                    pipeline_layers=None,
-                    expert=expert,
-                    expert_tensor=1,
-                    context=context,
-                    context_mode="state",
-                    context_heads=None,
-                    distributed_optimizer=True,
-                    overlap_grad_reduce=True,
-                    overlap_param_gather=True,
-                    recompute_head_groups=0,
-                )
-                yield base
-                if context > 1:
-                    yield replace(base, context_mode="heads")
-                    yield replace(base, context_attention="ring")
-                    heads = min(context, cluster.gpus_per_node // tensor)
-                    if 1 < heads < context:
-                        yield replace(base, context_mode="two_level", context_heads=heads)
+        for context in _powers(tokens // 4096) if tokens >= LONG else [1]:
+            if model.num_heads % tensor == 0 and (everything or _sensible(tokens, tensor, context)):
+                yield from ((tensor, context, expert) for expert in experts)
 
 
-def _contexts(tokens: int) -> list[int]:
-    """Sizes of context parallelism: those that leave a rank 4096 tokens of a sequence."""
-    return _powers(tokens // 4096) if tokens >= LONG else [1]
+def _sensible(tokens: int, tensor: int, context: int) -> bool:
+    """Whether a rank gets enough tokens to be busy, and of very long sequences not too many."""
+    share = tokens // (tensor * context)
+    if tokens >= VERY_LONG:
+        return VERY_LONG // 16 <= share <= VERY_LONG // 4
+    return share >= 4096 or context == 1
+
+
+def _layouts(
+    config: Config, cluster: Cluster, way: tuple[int, ...], tokens: int
+) -> Iterator[ParallelConfig]:
+    """Pipelines for a way to cut layers; all else as given."""
+    tensor, context, expert = way
+    for pipeline, virtual in product(_powers(config.model.num_layers), (1, 2, 3)):
+        if cluster.gpus % (tensor * context * pipeline) or cluster.gpus % (pipeline * expert):
+            continue
+        if virtual > 1 and (pipeline == 1 or pipeline * virtual > config.model.num_layers):
+            continue
+        yield replace(
+            config.parallel,
+            tensor=tensor,
+            sequence=True,
+            pipeline=pipeline,
+            virtual_pipeline=virtual,
+            pipeline_layers=None,
+            expert=expert,
+            expert_tensor=1,
+            context=context,
+            context_mode="state",
+            # Of very long sequences the latents of all ranks at once need too much memory.
+            context_attention="ring" if context > 1 and tokens >= VERY_LONG else "all_gather",
+            context_heads=None,
+            distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+            recompute_head_groups=0,
+        )
+
+
+def _modes(layout: ParallelConfig, cluster: Cluster) -> Iterator[ParallelConfig]:
+    """Other ways to share sequences among as many ranks."""
+    other = "ring" if layout.context_attention == "all_gather" else "all_gather"
+    yield replace(layout, context_attention=other)
+    base = replace(layout, context_attention="all_gather")
+    yield replace(base, context_mode="heads")
+    heads = min(layout.context, cluster.gpus_per_node // layout.tensor)
+    if 1 < heads < layout.context:
+        yield replace(base, context_mode="two_level", context_heads=heads)
+
+
+def _recomputations(config: Config) -> list[tuple[str, list[str]]]:
+    """Ways of recomputation, each with the modules of selective ones."""
+    given = list(config.parallel.recompute_modules)
+    light = [("selective", LIGHT)] if sorted(given) != sorted(LIGHT) else []
+    return [("none", given), *light, ("selective", given), ("full", given)]
 
 
 def _powers(most: int) -> list[int]:
     return [1 << n for n in range(max(1, most).bit_length())]
-
-
-def _way(parallel: ParallelConfig) -> tuple[int, ...]:
-    """What decides about the layers themselves."""
-    return parallel.tensor, parallel.context, parallel.expert
 
 
 def _with(config: Config, layout: ParallelConfig, recompute: str, micro_batch: int) -> Config:
@@ -214,107 +291,6 @@ def _with(config: Config, layout: ParallelConfig, recompute: str, micro_batch: i
         parallel=replace(layout, recompute=recompute),
         train=replace(config.train, micro_batch=micro_batch),
     )
-
-
-class _Round:
-    """Candidates that are valid and whose state fits, with their times."""
-
-    def __init__(self, cluster: Cluster, clock: Clock, activations: bool):
-        """With `activations`, those of the first stage have to fit too."""
-        self.cluster, self.clock, self.activations = cluster, clock, activations
-        self.found: list[_Candidate] = []
-        self.tried = 0
-        self.least = float("inf")  # bytes
-        self.refused = ""
-
-    def add(self, config: Config) -> float:
-        """Looks at a candidate, whose layers go where they balance the stages.
-
-        Returns:
-            Seconds of a step; infinity if it is not valid or does not fit.
-        """
-        try:
-            derived = validate(_even(config), self.cluster.gpus)
-            phase = main_part(derived)
-            of_phase = part_config(config, phase)
-            found = probe(of_phase, GPU)
-            config = _balanced(config, found, self.clock)
-            derived = validate(config, self.cluster.gpus)
-        except ConfigError as error:
-            self.refused = str(error)
-            return float("inf")
-        self.tried += 1
-        of_phase = part_config(config, phase)
-        micro_batches = phase.global_batch // (derived.data_parallel * phase.micro_batch)
-        state = max(
-            state_of(stage_buffers(of_phase, derived, found, stage), of_phase, (0, 0)).total
-            for stage in {0, config.parallel.pipeline - 1}
-        )
-        self.least = min(self.least, state)
-        if state > self.cluster.usable:
-            return float("inf")
-        if self.activations:
-            first = stage_memory(of_phase, derived, found, 0, micro_batches)
-            if first.total > self.cluster.usable:
-                return float("inf")
-        network = Network(config, derived, self.cluster)
-        time = step_time(of_phase, derived, found, micro_batches, self.clock, network)
-        self.found.append(_Candidate(config, derived, time.seconds))
-        return time.seconds
-
-
-def _even(config: Config) -> Config:
-    """With layers shared as evenly as whole numbers go, for a first check."""
-    parallel = config.parallel
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    share, rest = divmod(config.model.num_layers, chunks)
-    layers = [share + (n < rest) for n in range(chunks)] if chunks > 1 else None
-    return replace(config, parallel=replace(parallel, pipeline_layers=layers))
-
-
-def _balanced(config: Config, found: Probe, clock: Clock) -> Config:
-    """With layers where the slowest chunk is as fast as can be."""
-    parallel = config.parallel
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    if chunks == 1:
-        return _even(config)
-
-    def seconds(name: str) -> float:
-        unit = found.units[name]
-        return sum(clock(unit.forward).values()) + sum(clock(unit.backward).values())
-
-    layers = [seconds(name) for name in unit_names(config.model)]
-    sizes = balance(layers, chunks, seconds(EMBEDDING), seconds(HEAD))
-    return replace(config, parallel=replace(parallel, pipeline_layers=sizes))
-
-
-def balance(seconds: Sequence[float], chunks: int, first: float, last: float) -> list[int]:
-    """Layers per chunk so that the slowest chunk is as fast as can be.
-
-    Args:
-        seconds: of each layer.
-        first, last: what the first and the last chunk do besides.
-    """
-    total = [0.0]
-    for value in seconds:
-        total.append(total[-1] + value)
-    count = len(seconds)
-    # best[n]: slowest so far and cuts, with the first n layers in the chunks so far
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for chunk in range(chunks):
-        extra = (first if chunk == 0 else 0.0) + (last if chunk == chunks - 1 else 0.0)
-        left = chunks - 1 - chunk
-        following: dict[int, tuple[float, list[int]]] = {}
-        for begin, (slowest, sizes) in best.items():
-            ends = range(begin + 1, count - left + 1) if left else [count]
-            for end in ends:
-                if end <= begin:
-                    continue
-                worst = max(slowest, total[end] - total[begin] + extra)
-                if end not in following or worst < following[end][0]:
-                    following[end] = (worst, [*sizes, end - begin])
-        best = following
-    return best[count][1]
 
 
 # ------------------------------------------------------------------ words
@@ -361,19 +337,3 @@ def reason_of(plan: RunPlan) -> str:
     if plan.bytes > 0.9 * plan.cluster.usable:
         words.append("bound by it")
     return ", ".join(words)
-
-
-def _nothing(config: Config, cluster: Cluster, *rounds: _Round) -> str:
-    least = min(r.least for r in rounds)
-    where = f"cluster={cluster.name}x{cluster.gpus}"
-    if not any(r.tried for r in rounds):
-        return (
-            f"{where}: no layout of {config.model.name} is valid with train.global_batch="
-            f"{config.train.global_batch}; the last one tried: {rounds[0].refused}"
-        )
-    return (
-        f"{where}: no layout of {config.model.name} fits: weights, gradients and optimizer state "
-        f"alone take at least {least / 2**30:.1f} GiB of the {cluster.usable / 2**30:.1f} GiB of a "
-        f"GPU that memory_headroom leaves; use more GPUs, a shorter train.context, or a "
-        "smaller model"
-    )

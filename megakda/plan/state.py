@@ -13,13 +13,13 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from megakda.config import Config, Derived
 from megakda.optim.newton_schulz import BATCH_ELEMENTS
-from megakda.plan.probe import Weight
+from megakda.plan.probe import FP32, Weight
 
-FP32 = 4
 NEWTON_SCHULZ = 2  # bytes of an element in bf16
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128  # elements; with the distributed optimizer
 
@@ -45,6 +45,36 @@ class Buffer:
     @property
     def elements(self) -> int:
         return self.bounds[-1]
+
+    @cached_property
+    def moved_elements(self) -> float:
+        """Mean over ranks of the elements of Muon's matrices that go to another rank, one way.
+
+        The owner of a matrix is the rank with the largest piece of it, as
+        `megakda.optim.matrix_exchange` prefers.
+        """
+        moved = 0.0
+        for weight, start in self.places:
+            at = start
+            for rows, columns, number, size in weight.matrices:
+                blocks = rows * columns / size  # tensor-parallel ranks that have a part of each
+                for _ in range(number):
+                    largest = self._largest_piece(at, at + size)
+                    moved += (rows * columns - largest) / blocks
+                    at += size
+        return moved / self.ranks
+
+    def _largest_piece(self, start: int, end: int) -> int:
+        """Of elements [start, end), the most that one data-parallel rank has."""
+        bucket = bisect_right(self.bounds, start) - 1
+        first, last = self.bounds[bucket : bucket + 2]
+        share = (last - first) // self.ranks
+        border = first + -(-(start + 1 - first) // share) * share  # the next one
+        if border >= end:
+            return end - start
+        if end - border >= share:
+            return share
+        return max(border - start, end - border)
 
     def share(self, rank: int) -> tuple[int, int]:
         """Elements of parameters in the ranges of one data-parallel rank: of matrices that Muon
@@ -161,11 +191,14 @@ def state_of(
         if buffer.element_bytes != FP32:
             main += (matrices + others) * FP32
         moments += ((1 if muon else 2) * matrices + 2 * others) * FP32
-        # AdamW: the denominators. Muon, in Newton-Schulz's dtype: at most all that a rank holds
-        # leaves and as much arrives, and a batch of matrices with four tensors of an iteration.
+        # AdamW: the denominators. Muon, in Newton-Schulz's dtype: pieces of matrices that leave and
+        # arrive, for the busiest rank twice the mean but no more than it holds, and a batch of
+        # matrices with four tensors of an iteration. The denominators are gone by then, and
+        # buffers share a batch: the sum is an upper bound.
         step += FP32 * others
         if muon:
-            step += (2 * matrices + 5 * min(matrices, BATCH_ELEMENTS)) * NEWTON_SCHULZ
+            moved = min(matrices, 2 * math.ceil(buffer.moved_elements))
+            step += (2 * moved + 5 * min(matrices, BATCH_ELEMENTS)) * NEWTON_SCHULZ
         else:
             step += FP32 * matrices
     return State(weights, gradients, main, moments, step)

@@ -10,7 +10,8 @@ Rules of overlap, all on the side of caution:
 - with `parallel.overlap_grad_reduce` gradients of the first stage, which are in buckets, are summed
   during the last backward pass, all but the last bucket; those of later stages while earlier stages
   still work;
-- with `parallel.overlap_param_gather` parameters are gathered during the first forward pass;
+- with `parallel.overlap_param_gather` those of the first stage are gathered during the first
+  forward pass, all but the first bucket; those of later stages, one bucket each, are awaited;
 - the optimizer's step is awaited.
 """
 
@@ -41,8 +42,14 @@ ADAMW_BYTES = 100
 """Per element of a shard: AdamW reads and writes 20 fp32 values (`megakda.runtime.adamw`), clipping
 and the norm 3, the copy into the model's dtype 2."""
 
-MUON_BYTES = 64
-"""Per element: momentum, look-ahead, scaling and update of `megakda.optim.muon`, 16 fp32 values."""
+MUON_BYTES = 84
+"""Per element: 21 fp32 values. `megakda.optim.muon` reads and writes 3 for the momentum, 3 for the
+look-ahead, 3 (6 of 2 bytes) for the way into and out of Newton-Schulz, 2 for the scale, 2 for the
+decay and 3 for the update; clipping and the norm 3, the copy into the model's dtype 2."""
+
+GRADIENT_BYTES = 12
+"""Per element of a whole buffer of fp32 gradients: set to zero before a step, and after it divided
+by the number of tokens, which reads and writes."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ class StepTime:
         stages: of each pipeline stage.
         traffic: bytes that a rank of the slowest stage sends in a step, by purpose; seconds as if
             nothing overlapped.
-        exposed: awaited seconds of these, by purpose.
+        exposed: awaited seconds, by purpose; of gradients, parameters and Muon's matrices those of
+            the stage that waits longest for them.
     """
 
     seconds: float
@@ -168,8 +176,9 @@ def step_time(
     bubble /= parallel.virtual_pipeline
 
     sharded = parallel.distributed_optimizer
-    reduce, gather, reducing, gathering = Transfer(), Transfer(), 0.0, 0.0
-    optimizer, muon = 0.0, Transfer()
+    reduce, gather, muon = Transfer(), Transfer(), Transfer()  # of the slowest stage
+    # Of the stage that takes longest over them, for which all others wait.
+    reducing = gathering = optimizer = exchanging = 0.0
     ahead = 0.0  # seconds that earlier stages still work after this one's last backward pass
     for stage in stages:
         buffers = stage_buffers(config, derived, found, stage)
@@ -177,16 +186,18 @@ def step_time(
         step = optimizer_seconds(buffers, config, clock.cluster)
         m = network.matrices(buffers) if config.optim.name == "muon" else Transfer()
         buckets = sum(len(buffer.bounds) - 1 for buffer in buffers)
+        # Of a buffer that is one bucket all is awaited: nothing of it travels while others compute.
+        beside = times[stage].seconds if buckets > len(buffers) else 0.0
         late, early = r.seconds, g.seconds
         if parallel.overlap_grad_reduce:
-            hidden = times[stage].seconds * 2 / 3 if buckets > len(buffers) else 0.0
-            late = max(r.seconds / buckets, r.seconds - hidden - ahead, 0.0)
+            late = max(r.seconds / buckets, r.seconds - beside * 2 / 3 - ahead)
         if parallel.overlap_param_gather:
-            early = max(g.seconds / buckets, g.seconds - times[stage].seconds / 3)
+            early = max(g.seconds / buckets, g.seconds - beside / 3)
         ahead += times[stage].seconds * 2 / 3 / parallel.virtual_pipeline
-        if late + early + step + m.seconds > reducing + gathering + optimizer + muon.seconds:
-            reduce, gather, reducing, gathering = r, g, late, early
-            optimizer, muon = step, m
+        if late + early + step + m.seconds > reducing + gathering + optimizer + exchanging:
+            reducing, gathering, optimizer, exchanging = late, early, step, m.seconds
+        if stage == slowest:
+            reduce, gather, muon = r, g, m
 
     breakdown = {kind: seconds * micro_batches for kind, seconds in own.compute.items()}
     exposed = {p: t.seconds * micro_batches for p, t in own.messages.items()}
@@ -197,7 +208,7 @@ def step_time(
     traffic |= {"gradients": reduce, "parameters": gather}
     exposed |= {"gradients": reducing, "parameters": gathering}
     if config.optim.name == "muon":
-        traffic["Muon's matrices"], exposed["Muon's matrices"] = muon, muon.seconds
+        traffic["Muon's matrices"], exposed["Muon's matrices"] = muon, exchanging
     breakdown |= {f"awaiting {name}": seconds for name, seconds in exposed.items()}
     breakdown |= {"pipeline bubble": bubble, "optimizer": optimizer}
     return StepTime(sum(breakdown.values()), breakdown, slowest, tuple(times), traffic, exposed)
@@ -209,6 +220,7 @@ def optimizer_seconds(buffers: Sequence[Buffer], config: Config, cluster: Cluste
     size = flops = 0.0
     for buffer in buffers:
         ranks = buffer.ranks if config.parallel.distributed_optimizer else 1
+        size += buffer.elements * GRADIENT_BYTES
         for weight, _ in buffer.places:
             per_element = MUON_BYTES if weight.matrices else ADAMW_BYTES
             size += weight.elements * per_element / ranks

@@ -12,7 +12,20 @@ from megakda.config.schema import MLAConfig
 from megakda.optim.qk_clip import gammas, row_factors
 from tests.optim import muon_jobs
 
-TAU = 0.08  # between the largest logits of the heads of the small model
+
+@pytest.fixture(scope="module")
+def tau_of(ranks, corpus):
+    """A bound between the heads' largest logits in the first step, by overrides."""
+    cache: dict[tuple[str, ...], float] = {}
+
+    def tau(*overrides: str) -> float:
+        if overrides not in cache:
+            free = ["optim.qk_clip=inf", *overrides]
+            logits = ranks.run(1, muon_jobs.clip, free, corpus, 1)[0]["logits"][0]
+            cache[overrides] = float(logits.sort().values[0, 1:3].mean())
+        return cache[overrides]
+
+    return tau
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 5])
@@ -99,10 +112,10 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_are_those_of_one_rank(ranks, corpus, layout):
+def test_weights_are_those_of_one_rank(ranks, corpus, tau_of, layout):
     world, overrides = LAYOUTS[layout]
     model = [o for o in overrides if o.startswith(("data.", "optim="))]
-    tau = f"optim.qk_clip={TAU}"
+    tau = f"optim.qk_clip={tau_of(*model)}"
     one = ranks.run(1, muon_jobs.clip, [*model, tau], corpus, 3)[0]
     found = ranks.run(world, muon_jobs.clip, [*overrides, tau], corpus, 3)
     assert 0 < one["metrics"][0]["qk_clip_share"] < 1
@@ -114,12 +127,13 @@ def test_weights_are_those_of_one_rank(ranks, corpus, layout):
     assert all(rank["agree"] for rank in found)
 
 
-def test_bf16_weights_are_the_clipped_fp32_ones(ranks, corpus):
-    overrides = ["precision=bf16", f"optim.qk_clip={TAU}"]
+def test_bf16_weights_are_the_clipped_fp32_ones(ranks, corpus, tau_of):
+    tau = tau_of("precision=bf16")
+    overrides = ["precision=bf16", f"optim.qk_clip={tau}"]
     found = ranks.run(2, muon_jobs.clip, overrides, corpus, 2, still=True)[0]
     assert found["agree"]
     first, second = found["logits"]
-    assert (first > TAU).any() and second.max() < TAU * 1.01
+    assert (first > tau).any() and second.max() < tau * 1.01
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from megakda.optim.muon import Muon
+from megakda.runtime.collectives import record_collectives
 from tests import jobs
 
 
@@ -19,8 +22,10 @@ def storages(tensors: Iterable[torch.Tensor]) -> int:
     return sum(found.values())
 
 
-def measure(overrides: Sequence[str], corpus: Any) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer state, and of activations at their peak.
+def measure(overrides: Sequence[str], corpus: Any, messages: bool = False) -> dict[str, Any]:
+    """Bytes of parameters, gradients and optimizer state, and of activations at their peak; what
+    the second step's passes say to other ranks, with `messages`, and the bytes that Muon sends in
+    each direction.
 
     The first three are the storages under the real tensors after a step. Activations are what
     torch's CPU allocator reports to its profiler during the forward and backward passes of a
@@ -37,13 +42,22 @@ def measure(overrides: Sequence[str], corpus: Any) -> dict[str, int]:
         for chunk in run.chunks:
             chunk.zero_grad_buffer()
         run.optimizer.zero_grad()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with (
+            record_collectives() if messages else nullcontext([]) as calls,
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        ):
             run.forward_backward(batches, num_microbatches=run.derived.micro_batches)
         return {
             "weights": weights,
             "gradients": storages(p.main_grad for p in parameters),
             "optimizer": storages(t for t in held if t.untyped_storage().data_ptr() not in own),
             "activations": _peak(profiler),
+            "calls": [(call.operation, call.ranks, call.sent) for call in calls],
+            "muon": [
+                (part.optimizer.exchange.bytes.gathered, part.optimizer.exchange.bytes.returned)
+                for part in run.optimizer.chained_optimizers
+                if isinstance(part.optimizer, Muon)
+            ],
         }
 
 

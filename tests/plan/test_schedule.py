@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from megakda.config import compose, validate
+from megakda.plan.candidates import balance
 from megakda.plan.cluster import load_cluster
 from megakda.plan.memory import schedule
 from megakda.plan.network import Group, Network
 from megakda.plan.recorder import DENSE, OTHER, Operation, Work
-from megakda.plan.search import balance
 from megakda.plan.state import buffers, state_of
 from megakda.plan.timing import LAUNCH, work_seconds
 from tests import jobs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from megakda.config import compose, validate
@@ -47,7 +49,7 @@ def test_memory_is_what_the_allocator_says(ranks, corpus, case):
     world, overrides = LAYOUTS[case]
     if "pipeline" not in case:
         overrides = [*overrides, "train.global_batch=2"]
-    measured = ranks.run(world, plan_jobs.measure, overrides, corpus)
+    measured = ranks.run(world, plan_jobs.measure, overrides, corpus, case in ALONE)
     config = compose([*jobs.SMALL, "data.paths=[x]", *overrides])
     derived, parallel = validate(config, world), config.parallel
     found = probe(config, CPU)
@@ -62,6 +64,43 @@ def test_memory_is_what_the_allocator_says(ranks, corpus, case):
         assert state.optimizer == real["optimizer"]
         assert memory.activations.peak == pytest.approx(real["activations"], rel=0.1)
         assert memory.state.optimizer >= state.optimizer  # of the rank with the most
+    if "pipeline" not in case:
+        buffers = stage_buffers(config, derived, found, 0)
+        if config.optim.name == "muon":
+            check_exchange(measured, buffers)
+        if case in ALONE:
+            check_messages(measured[0]["calls"], found, config, derived.micro_batches, ALONE[case])
+
+
+ALONE = {
+    "tensor and sequence": ("all_gather", "reduce_scatter"),
+}
+"""Operations that nothing but layers use, by case."""
+
+
+def check_exchange(measured, buffers):
+    """Muon's real plan, which may also give a matrix to another than its largest holder."""
+    planned = 4 * len(measured) * sum(buffer.moved_elements for buffer in buffers)
+    for way in (0, 1):
+        real = sum(sent[way] for rank in measured for sent in rank["muon"])
+        assert 0.99 * planned <= real <= 1.2 * planned
+
+
+def check_messages(calls, found, config, micro_batches, operations):
+    """As many calls of the same bytes as the real layers make on a rank."""
+    units = [unit for chunk in stage_chunks(config, found, 0) for unit in chunk.units]
+    for operation in operations:
+        real = Counter(sent for name, ranks, sent in calls if operation in name and ranks > 1)
+        planned: Counter[int] = Counter()
+        for unit in units:
+            for message, number in (unit.forward.messages + unit.backward.messages).items():
+                if message.operation == operation:
+                    # Each of two ranks sends half: its own of a gathered tensor, the other's of a
+                    # sum.
+                    planned[message.bytes // 2] += number * micro_batches
+        assert planned
+        # Besides, a step gathers small things of its own.
+        assert {size: real[size] for size in planned} == planned
 
 
 @pytest.mark.parametrize("pattern", ["3:1", "0:1"])

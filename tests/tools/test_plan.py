@@ -39,7 +39,10 @@ def test_searches_and_prints_the_overrides(tool, capsys, tmp_path):
     search = ["cluster=h200x2", "--search", "--top", "3", "--json", str(out)]
     assert tool.main([*TINY, *small, *search]) == 0
     printed = capsys.readouterr().out
-    found = json.loads(out.read_text())["search"]
+    assert "The recipe as it is, speed 1:" in printed
+    written = json.loads(out.read_text())
+    found = written["search"]
+    assert written["given"]["fits"] and written["given"]["seconds"] >= found[0]["seconds"]
     assert len(found) == 3
     for proposal in found:
         assert " ".join(proposal["overrides"]) in printed
@@ -52,6 +55,8 @@ ERRORS = {
     "mistyped setting": ([*TINY, "cluster=h200x8", "parallel.tensr=2"], "parallel.tensor"),
     "impossible layout": ([*TINY, "cluster=h200x8", "parallel.tensor=3"], "parallel.tensor=3"),
     "too few GPUs": ([*TINY, "cluster=h200x2", "parallel.tensor=4"], "start a multiple of 4"),
+    "any layout": ([*TINY, "cluster=h200x8", "--search", "optim.qk_clip=-1"], "optim.qk_clip=-1"),
+    "no folder": ([*TINY, "cluster=h200x8", "--json", "/nowhere/plan.json"], "--json=/nowhere"),
     "top": ([*TINY, "cluster=h200x8", "--search", "--top", "0"], "--top=0"),
 }
 
