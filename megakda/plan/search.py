@@ -111,8 +111,8 @@ def _candidates(
     best: dict[tuple[int, ...], float] = {}
     for way in _ways(config, cluster, tokens, everything):
         layouts = _layouts(config, cluster, way, tokens)
-        found = [judge.add(_with(config, x, "selective", 1), False) for x in layouts]
-        seconds = [candidate.seconds for candidate in found if candidate]
+        judged = [judge.add(_with(config, x, "selective", 1), False) for x in layouts]
+        seconds = [candidate.seconds for candidate in judged if candidate]
         if seconds:
             best[way] = min(seconds)
     ways = sorted(best, key=lambda way: best[way])[:WAYS]
