@@ -140,9 +140,9 @@ def _all_to_all(a: Arguments, rank: int, ranks: int) -> tuple[Any, int, int]:
 
 def _all_to_all_single(a: Arguments, rank: int, ranks: int) -> tuple[Any, int, int]:
     def foreign(x: torch.Tensor, rows: Sequence[int] | None) -> int:
-        if not rows:
+        if rows is None or len(rows) == 0:  # megatron-core's dispatcher passes arrays
             return _size(x) - _size(x) // ranks
-        return _size(x) // max(x.shape[0], 1) * (x.shape[0] - rows[rank])
+        return _size(x) // max(x.shape[0], 1) * (x.shape[0] - int(rows[rank]))
 
     return (
         a["input"],
