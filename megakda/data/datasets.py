@@ -183,6 +183,11 @@ class Datasets:
         """Of the stream that is read first: the only one, unless stages change context or data."""
         return next(iter(self.streams.values())).train
 
+    @property
+    def valid(self) -> Any:
+        """Of the same stream; None where a run does not validate."""
+        return next(iter(self.streams.values())).valid
+
 
 class StreamPositions:
     """How far a run has read each stream of its plan.
