@@ -23,7 +23,7 @@ from megakda.plan.cluster import Cluster
 from megakda.plan.planner import RunPlan, make_plan, parts_of
 from megakda.plan.timing import Clock
 
-WAYS, SHARED_WAYS = 5, 2
+WAYS, SHARED_WAYS = 4, 1
 """Ways to cut layers (tensor, context, expert) that get into the second round; and of those, ways
 that are also tried with more context parallelism, where a part of the run has longer sequences."""
 
@@ -135,7 +135,7 @@ def _candidates(
     ]
     found.sort(key=lambda candidate: candidate.seconds)
     shared = [candidate for candidate in found if candidate.config.parallel.context > 1]
-    for candidate in shared[:5]:
+    for candidate in shared[:2]:
         for layout in _modes(candidate.config.parallel, cluster):
             other = judge.add(replace(candidate.config, parallel=layout), True)
             found += [other] if other else []
