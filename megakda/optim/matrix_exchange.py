@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
@@ -54,8 +54,8 @@ class MatrixExchange:
     """The matrices of one group of ranks, and who orthogonalises which. Making it is collective.
 
     Args:
-        held: what this rank holds; results come back in the same order. The same element may be
-            held by several ranks (replicas), with the same values on each.
+        held: what this rank holds. The same element may be held by several ranks (replicas), with
+            the same values on each.
         group: the ranks that hold parts of these matrices: a pipeline stage's.
         dtype: of Newton-Schulz, and of what travels.
         steps: of Newton-Schulz.
@@ -88,6 +88,8 @@ class MatrixExchange:
         # What this rank holds of others' matrices, by owner: ranges sent, and those that come back.
         self._gathers: list[list[tuple[int, int, int]]] = [[] for _ in everyone]
         self._arrivals: list[list[int]] = [[] for _ in everyone]
+        # Sizes of what the gathering brings, by source.
+        self._gathered: list[list[int]] = [[] for _ in everyone]
         # Matrices of one shape follow each other, to be orthogonalised together.
         for matrix in sorted(holders, key=lambda m: (m.rows, m.columns, m.name)):
             owner = self.owners[matrix]
@@ -102,12 +104,16 @@ class MatrixExchange:
                 self.owned.append(matrix)
                 self._sources[matrix] = sources
                 self._targets[matrix] = [(r, i, everyone[r][i]) for r, i in holders[matrix]]
-                continue
-            for transfers in sources.values():
-                for source, index, start, end in transfers:
-                    if source == self.rank:
-                        self._gathers[owner].append((index, start, end))
-            self._arrivals[owner] += [index for r, index in holders[matrix] if r == self.rank]
+            else:
+                self._arrivals[owner] += [index for r, index in holders[matrix] if r == self.rank]
+            for source, index, start, end in chain.from_iterable(sources.values()):
+                if owner == self.rank != source:
+                    self._gathered[source].append(end - start)
+                elif source == self.rank != owner:
+                    self._gathers[owner].append((index, start, end))
+        self._returned = [
+            [self.held[i].end - self.held[i].start for i in indices] for indices in self._arrivals
+        ]
 
     @property
     def bytes(self) -> Bytes:
@@ -141,13 +147,7 @@ class MatrixExchange:
             ]
             for entries in self._gathers
         ]
-        expected: list[list[int]] = [[] for _ in outgoing]
-        for matrix in self.owned:
-            for transfers in self._sources[matrix].values():
-                for transfer in transfers:
-                    if transfer.source != self.rank:
-                        expected[transfer.source].append(transfer.end - transfer.start)
-        return self._exchange(outgoing, expected)
+        return self._exchange(outgoing, self._gathered)
 
     def _orthogonalize(
         self,
@@ -180,11 +180,8 @@ class MatrixExchange:
                     results[rank].append(part.clone())
 
     def _return(self, results: list[list[torch.Tensor]], updates: Sequence[torch.Tensor]) -> None:
-        expected = [
-            [self.held[index].end - self.held[index].start for index in indices]
-            for indices in self._arrivals
-        ]
-        for indices, arrived in zip(self._arrivals, self._exchange(results, expected), strict=True):
+        received = self._exchange(results, self._returned)
+        for indices, arrived in zip(self._arrivals, received, strict=True):
             for index in indices:
                 updates[index].copy_(next(arrived))
 
