@@ -5,6 +5,7 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,3 +59,16 @@ def write_jsonl(path, texts, key="text"):
     data = "".join(json.dumps({"id": i, key: t}) + "\n" for i, t in enumerate(texts)).encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
+
+
+def fail_rename(monkeypatch: Any, step: int) -> None:
+    """Lets the disk be full at the rename after `step` others."""
+    real, calls = os.replace, []
+
+    def replace(source: Any, target: Any) -> None:
+        if len(calls) == step:
+            raise OSError(28, "No space left on device", source)
+        calls.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)

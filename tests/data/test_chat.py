@@ -22,7 +22,7 @@ from megakda.data.indexed import answers_prefix, check_answers, read_index, read
 from megakda.data.packed_dataset import PackedDataset
 from megakda.data.tokenizer import load_tokenizer
 from megakda.errors import ConfigError, DataError
-from tests.data.preparing import BYTE, files_of, leftovers, run, write_jsonl
+from tests.data.preparing import BYTE, fail_rename, files_of, leftovers, run, write_jsonl
 from tests.data.test_packed_dataset import CONTEXT, FIRST, MODES, build, modes, settings
 from tests.data.test_packed_dataset import write_numbers as write_tokens
 from tests.data.test_preprocess import tool
@@ -345,15 +345,7 @@ def test_another_output_takes_the_marks_away(tmp_path):
 
 @pytest.mark.parametrize("step", range(5))
 def test_failing_rename_leaves_no_output(tmp_path, monkeypatch, step):
-    real, calls = os.replace, []
-
-    def replace(source, target):
-        if len(calls) == step:
-            raise OSError(28, "No space left on device", source)
-        calls.append(target)
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
+    fail_rename(monkeypatch, step)
     with pytest.raises(DataError, match="No space left on device"):
         make(tmp_path / "out", [TALK])
     assert os.listdir(tmp_path) == ["out.jsonl"] and leftovers(tmp_path) == []

@@ -18,6 +18,7 @@ from tests.data.preparing import (
     TEXTS,
     TOOL,
     documents,
+    fail_rename,
     files_of,
     leftovers,
     run,
@@ -87,15 +88,7 @@ def test_full_disk(tmp_path):
 @pytest.mark.parametrize("step", range(3))
 def test_failing_rename_leaves_no_output(tmp_path, monkeypatch, step):
     (tmp_path / "a.txt").write_text("one")
-    real, calls = os.replace, []
-
-    def replace(source, target):
-        if len(calls) == step:
-            raise OSError(28, "No space left on device", source)
-        calls.append(target)
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
+    fail_rename(monkeypatch, step)
     with pytest.raises(DataError, match="No space left on device"):
         run([tmp_path / "a.txt"], tmp_path / "out")
     assert os.listdir(tmp_path) == ["a.txt"]
