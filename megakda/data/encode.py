@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -249,27 +250,40 @@ def _tokenized(encoded: Callable[[], Document]) -> Document | Bad:
 # --- processes ------------------------------------------------------------------------------------
 
 
-_worker: tuple[Job, Tokenizer, Reader] | None = None
+class _Died(Exception):
+    """A worker process is gone."""
 
 
-def _start_worker(job: Job) -> None:
-    global _worker
+class _Worker:
+    """A process that encodes the blocks it gets, one at a time, and ends with its pipe."""
 
-    def follow() -> None:
-        parent = parent_process()
-        assert parent is not None
-        parent.join()  # a parent that was killed cannot stop its workers
-        os._exit(1)
+    def __init__(self, job: Job) -> None:
+        # Spawn: forking a process that holds threads (torch, tokenizers) can deadlock.
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(job, theirs), daemon=True)
+        self._process.start()
+        theirs.close()  # or the end of the process would not be the end of the pipe
 
-    threading.Thread(target=follow, daemon=True).start()
+    def encode(self, block: Block) -> Encoded:
+        try:
+            self._pipe.send(block)
+            return self._pipe.recv()
+        except (EOFError, OSError) as e:
+            raise _Died from e
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _work(job: Job, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     tokenizer = load_tokenizer(job.tokenizer)
-    _worker = (job, tokenizer, reader(job, tokenizer))
-
-
-def _work(block: Block) -> Encoded:
-    assert _worker is not None
-    return _encode_block(block, *_worker)
+    read = reader(job, tokenizer)
+    with suppress(EOFError, OSError):  # a parent that was killed has closed its end
+        while True:
+            pipe.send(_encode_block(pipe.recv(), job, tokenizer, read))
 
 
 def encode(
@@ -291,26 +305,39 @@ def encode(
         for block in blocks:
             yield _encode_block(block, job, tokenizer, read)
         return
-    # Spawn: forking a process that holds threads (torch, tokenizers) can deadlock. An executor
-    # rather than a Pool, because a Pool waits for ever for the result of a worker that was killed.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(job,)
-    )
+    # A thread waits for each process. The library's pools of processes can wait for ever for one
+    # that was killed: Pool always, ProcessPoolExecutor where that happens while others start.
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+
+    def on_idle(block: Block) -> Encoded:
+        worker = idle.get()
+        try:
+            return worker.encode(block)
+        finally:
+            idle.put(worker)
+
+    started: list[_Worker] = []
+    threads = ThreadPoolExecutor(workers)
     queue: deque[Future[Encoded]] = deque()
     try:
+        for _ in range(workers):
+            started.append(_Worker(job))
+            idle.put(started[-1])
         for block in blocks:
-            queue.append(pool.submit(_work, block))
+            queue.append(threads.submit(on_idle, block))
             if len(queue) >= 3 * workers:  # bounds the memory that waiting blocks take
                 yield queue.popleft().result()
         while queue:
             yield queue.popleft().result()
-    except BrokenProcessPool as e:
+    except _Died as e:
         raise DataError(
             f"a worker process of {workers} died: it ran out of memory, or the calling script has "
             'no `if __name__ == "__main__":` guard; use fewer (--workers 1 needs no processes)'
         ) from e
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in started:
+            worker.kill()
+        threads.shutdown(cancel_futures=True)
 
 
 def usable_cores() -> int:
