@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from megakda.config import Config, Derived, compose, recipes_dir, validate
 from megakda.config.compose import from_tree
-from megakda.config.plan import Stream
+from megakda.config.timetable import Stream
 from megakda.errors import ConfigError, MegakdaError
 from megakda.runtime.distributed import named_failures, process_groups, rank, world_size
 
@@ -61,7 +61,7 @@ def _streams(derived: Derived, resumed: Path | None) -> dict[int, Stream]:
     """The data that the run still reads: stages that it resumes behind need theirs no more."""
     from megakda.checkpoint.folders import read_manifest
 
-    return derived.plan.streams_from(read_manifest(resumed)["step"] if resumed else 0)
+    return derived.timetable.streams_from(read_manifest(resumed)["step"] if resumed else 0)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megakda import __version__
 from megakda.checkpoint import manager as checkpoints
 from megakda.config import Config, Derived
-from megakda.config.plan import Plan, Stage
+from megakda.config.timetable import Stage, Timetable
 from megakda.data.datasets import Batch, Datasets, StreamPositions, micro_batches
 from megakda.data.packed_dataset import packing_efficiency
 from megakda.data.tokenizer import Tokenizer
@@ -70,13 +70,13 @@ class Trainer:
 
     def __init__(self, config: Config, derived: Derived, tokenizer: Tokenizer, datasets: Datasets):
         self.config, self.derived, self.datasets = config, derived, datasets
-        self.plan = derived.plan
+        self.timetable = derived.timetable
         self.tokenizer = tokenizer
         self.out = Path(config.train.out)
-        self.chunks = _build_model(config, self.plan.longest_context)
+        self.chunks = _build_model(config, self.timetable.longest_context)
         self.assignments = assign_parameters(config, self.chunks)
         self.optimizer = build_optimizer(config, self.chunks, self.assignments)
-        self.schedule = Schedule(self.optimizer, self.plan, config.optim.weight_decay)
+        self.schedule = Schedule(self.optimizer, self.timetable, config.optim.weight_decay)
         self.finalizer = GradFinalizer(self.chunks)
         self.guard = Guard(config.train.guard)
         self.qk_clip = QKClip(config, self.chunks, self.optimizer)
@@ -86,21 +86,21 @@ class Trainer:
         )
         self.same_batches = SameBatches()
         self.forward_backward = _forward_backward(
-            config, self.plan, self.chunks, self.finalizer, self.same_batches
+            config, self.timetable, self.chunks, self.finalizer, self.same_batches
         )
-        self.stage_ends = _stage_ends(config, self.plan)
+        self.stage_ends = _stage_ends(config, self.timetable)
         self.checkpoints = checkpoints.CheckpointManager(
             checkpoint_root(config), config.checkpoint, keep=self.stage_ends
         )
         self.signals = StopSignals()
         self.steps_done = 0
-        self.positions = StreamPositions(self.plan, datasets)
+        self.positions = StreamPositions(self.timetable, datasets)
         self.tokens_seen = 0
         self._reading: tuple[Stage, list[Iterator[Batch]]] | None = None
 
     def step(self, batches: list[Iterator[Batch]]) -> StepResult:
         """One optimizer step: forward and backward over all micro-batches, then the update."""
-        config, now = self.config, self.plan.at(self.steps_done)
+        config, now = self.config, self.timetable.at(self.steps_done)
         seed_step(config.train.seed, self.steps_done)
         lr = self.schedule.set(self.steps_done)
         for chunk in self.chunks:
@@ -121,7 +121,7 @@ class Trainer:
         self.qk_clip.end_forward()
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        stream = self.plan.streams[now.stage.stream]
+        stream = self.timetable.streams[now.stage.stream]
         problem = self.guard.judge(loss, grad_norm, stream.identity)
         if problem is None:
             clip_gradients(self.optimizer, grad_norm, config.optim.clip_grad)
@@ -134,7 +134,7 @@ class Trainer:
         return StepResult(_or_nan(loss), grad_norm, lr, tokens, problem, stop)
 
     def fit(self) -> None:
-        """Trains from where the run is to the plan's end, validating and saving on the way.
+        """Trains from where the run is to its end, validating and saving on the way.
 
         Raises:
             TrainingDiverged: too many bad steps in a row.
@@ -145,7 +145,7 @@ class Trainer:
         with self.signals, self._reporter() as report:
             report.start(resumed, self.steps_done, self.tokens_seen, self.positions.reordered)
             stopped = False
-            while self.steps_done < self.plan.steps and not stopped:
+            while self.steps_done < self.timetable.steps and not stopped:
                 batches = self.batches()
                 watched = _due(self.steps_done + 1, config.logging.telemetry_every)
                 self.telemetry.watch(watched)
@@ -153,7 +153,7 @@ class Trainer:
                 result = self.step(batches)
                 seconds = time.perf_counter() - started
 
-                stopped, last = result.stop, self.steps_done == self.plan.steps
+                stopped, last = result.stop, self.steps_done == self.timetable.steps
                 validates = train.eval_batches > 0 and (
                     last or _due(self.steps_done, train.eval_every)
                 )
@@ -180,7 +180,7 @@ class Trainer:
 
         Always the same sequences of the data and context of the stage that the last step was in.
         """
-        stage = self.plan.at(max(0, self.steps_done - 1)).stage
+        stage = self.timetable.at(max(0, self.steps_done - 1)).stage
         batches = self._batches(self.datasets.streams[stage.stream].valid, 0, stage)
         micro_batches = stage.batch // (stage.micro_batch * self.derived.data_parallel)
         _sync_parameters(self.config, self.chunks, hooks=False)
@@ -283,7 +283,7 @@ class Trainer:
         packing = {
             n: packing_efficiency(data.train)
             for n, data in self.datasets.streams.items()
-            if self.plan.streams[n].data.packing != "none"
+            if self.timetable.streams[n].data.packing != "none"
         }
         return Reporter(
             self.config,
@@ -299,7 +299,7 @@ class Trainer:
 
     def batches(self) -> list[Iterator[Batch]]:
         """Micro-batches from the next step on; a stage may read other data, so each begins anew."""
-        stage = self.plan.at(self.steps_done).stage
+        stage = self.timetable.at(self.steps_done).stage
         if self._reading is None or self._reading[0] is not stage:
             data, consumed = self.datasets.streams[stage.stream], self.positions.consumed
             self._reading = stage, self._batches(data.train, consumed[stage.stream], stage)
@@ -313,7 +313,7 @@ class Trainer:
         Args:
             stage: whose micro-batches these are; None: of the next step's.
         """
-        stage = stage or self.plan.at(self.steps_done).stage
+        stage = stage or self.timetable.at(self.steps_done).stage
         return [
             micro_batches(
                 dataset,
@@ -321,7 +321,7 @@ class Trainer:
                 stage.micro_batch,
                 parallel_state.get_data_parallel_rank(),
                 self.derived.data_parallel,
-                self.plan.streams[stage.stream].data.num_workers,
+                self.timetable.streams[stage.stream].data.num_workers,
             )
             for _ in self.chunks
         ]
@@ -409,7 +409,7 @@ def _build_model(config: Config, context: int) -> list[ModelChunk]:
 
 def _forward_backward(
     config: Config,
-    plan: Plan,
+    timetable: Timetable,
     chunks: list[ModelChunk],
     finalizer: GradFinalizer,
     same_batches: SameBatches,
@@ -430,10 +430,10 @@ def _forward_backward(
     def run(
         batches: list[Iterator[Batch]],
         num_microbatches: int,
-        stage: Stage = plan.stages[0],
+        stage: Stage = timetable.stages[0],
         forward_only: bool = False,
     ) -> list[dict[str, torch.Tensor]]:
-        packed = plan.streams[stage.stream].data.packing != "none"
+        packed = timetable.streams[stage.stream].data.packing != "none"
         return schedule(
             forward_step_func=partial(step, packed=packed),
             data_iterator=batches if len(chunks) > 1 else batches[0],
@@ -480,14 +480,14 @@ def _from_rank_0(path: Any) -> Any:
     return found[0]
 
 
-def _stage_ends(config: Config, plan: Plan) -> set[int]:
+def _stage_ends(config: Config, timetable: Timetable) -> set[int]:
     """Steps after which a stage of `schedule.stages` ends and another begins.
 
     Later runs begin there with another stage, and `train.save_every` seldom falls on them.
     """
     if config.schedule.stages is None or not config.train.save_every:
         return set()
-    return {stage.first_step for stage in plan.stages[1:]}
+    return {stage.first_step for stage in timetable.stages[1:]}
 
 
 def _or_nan(loss: float | None) -> float:

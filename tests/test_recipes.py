@@ -81,13 +81,13 @@ def test_ladder_is_the_reports(row, mixer):
 def test_pretraining_is_the_reports(model):
     config, facts = recipe(f"pretrain/{model}"), REFERENCE["pretrain_recipe"]
     stages = facts["proportional_stage_proposal_for_1.4T"]
-    plan = validate(config, least_ranks(config.parallel)).plan
-    kinds = [(stage.kind, stage.context) for stage in plan.stages]
+    timetable = validate(config, least_ranks(config.parallel)).timetable
+    kinds = [(stage.kind, stage.context) for stage in timetable.stages]
     assert kinds == [
         *(("warmup", 4096), ("constant", 4096), ("cosine", 4096)),
         *(("linear", 4096), ("constant", 32768)),
     ]
-    warmup, constant, cosine, anneal, activation = plan.stages
+    warmup, constant, cosine, anneal, activation = timetable.stages
     per_step = config.train.global_batch * config.train.context
     assert per_step == pytest.approx(facts["global_batch_tokens"], rel=0.01)
     assert warmup.steps == facts["warmup_steps"] and warmup.lr_to == facts["lr"]
@@ -102,7 +102,7 @@ def test_pretraining_is_the_reports(model):
     assert activation.expert_bias_rate == 0.0
     # A run of its own begins where annealing ends, as its recipe says.
     assert f"step_{activation.first_step:08d}" in LONG_CONTEXT
-    alone = validate(recipe("long_context/32k"), 8).plan
+    alone = validate(recipe("long_context/32k"), 8).timetable
     assert {stage.expert_bias_rate for stage in alone.stages} == {0.0}
     assert alone.at(alone.steps).lr == activation.lr_to
     assert config.optim.weight_decay == facts["weight_decay"]

@@ -34,15 +34,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = compose(args.overrides)
         ranks = least_ranks(config.parallel) if args.ranks is None else args.ranks
-        plan = validate(config, ranks).plan
-        print("\n".join(stage_table(plan)))
-        whole = f"{format_count(plan.tokens)} tokens in {plan.steps:,} steps"
-        print(f"{whole} on {ranks} ranks (data {plan.data_parallel})")
+        timetable = validate(config, ranks).timetable
+        print("\n".join(stage_table(timetable)))
+        whole = f"{format_count(timetable.tokens)} tokens in {timetable.steps:,} steps"
+        print(f"{whole} on {ranks} ranks (data {timetable.data_parallel})")
         unread = unread_settings(config)
         if unread:
             print(f"note: {unread}")
         try:
-            print(plot_schedule(plan, args.out, f"{config.model.name}: {whole}"))
+            print(plot_schedule(timetable, args.out, f"{config.model.name}: {whole}"))
         except OSError as error:
             raise ConfigError(f"--out {args.out}: {error}; name a file to write") from None
     except MegakdaError as error:

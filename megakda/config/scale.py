@@ -17,7 +17,7 @@ from typing import Any
 
 from megakda.config.layout import balanced_layers, least_ranks
 from megakda.config.pattern import ratio
-from megakda.config.plan import resolve
+from megakda.config.resolve import resolve
 from megakda.config.schema import (
     Config,
     DataConfig,
@@ -203,8 +203,8 @@ def _scaled_run(config: Config, parallel: ParallelConfig) -> tuple[ScheduleConfi
         longest=max(train.context, *(stage.context for stage in settings)),
         largest=max(train.global_batch, *(stage.batch[1] for stage in settings)),
     )
-    plan = resolve(settings, train, config.optim.lr, data_parallel=1)
-    steps = _shares([stage.steps for stage in plan.stages], scale.steps or 1)
+    timetable = resolve(settings, train, config.optim.lr, data_parallel=1)
+    steps = _shares([stage.steps for stage in timetable.stages], scale.steps or 1)
     written = config.schedule.stages or [{}] * len(settings)
     stages = [
         _scaled_stage(stage, said, count, proportion)

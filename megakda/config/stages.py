@@ -1,7 +1,8 @@
 """The schedule as stages: what a recipe says, typed and checked.
 
 Stages come from `schedule.stages`, or are those that the shorthand (`schedule.style` and what goes
-with it) stands for. `megakda.config.plan` works out their steps; docs/schedules.md is the language.
+with it) stands for. `megakda.config.resolve` works out their steps; docs/schedules.md is the
+language.
 """
 
 from __future__ import annotations

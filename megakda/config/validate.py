@@ -8,9 +8,10 @@ from typing import Any
 
 from megakda.config.layout import chunk_layers
 from megakda.config.pattern import layer_kinds
-from megakda.config.plan import Plan, resolve
+from megakda.config.resolve import resolve
 from megakda.config.schema import Config, MoEConfig
 from megakda.config.stages import StageSettings, read_stages, unread_settings, whole_number
+from megakda.config.timetable import Timetable
 from megakda.errors import ConfigError
 
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")
@@ -26,12 +27,12 @@ class Derived:
     micro_batches: int  # per rank, in the first step
     tokens_per_step: int  # in the first step
     total_tokens: int  # of the whole run
-    plan: Plan
+    timetable: Timetable
 
     @property
     def steps(self) -> int:
         """Of the whole run."""
-        return self.plan.steps
+        return self.timetable.steps
 
     def lines(self, config: Config) -> list[str]:
         """How each number came about, one line each, for the start of a run."""
@@ -52,13 +53,13 @@ class Derived:
                 f"{self.steps:,} steps",
             ]
         else:
-            for row in self.plan.rows():
+            for row in self.timetable.rows():
                 facts = (f"{name} {value}" for name, value in row.items())
                 lines.append(f"{', '.join(facts)}")
             lines.append(f"tokens in all {self.total_tokens:,} in {self.steps:,} steps")
             unread = unread_settings(config)
             lines += [f"note: {unread}"] if unread else []
-        for context in dict.fromkeys(stage.context for stage in self.plan.stages):
+        for context in dict.fromkeys(stage.context for stage in self.timetable.stages):
             if p.context > 1:
                 segments = 2 if p.context_layout == "zigzag" else 1
                 length = context // (p.context * segments)
@@ -129,16 +130,16 @@ def derive(config: Config, world_size: int) -> Derived:
     stages = read_stages(config)
     for stage in stages:
         _check_batch(stage, data_parallel, interleave)
-    plan = resolve(stages, t, config.optim.lr, data_parallel, interleave)
-    first = plan.at(0)
+    timetable = resolve(stages, t, config.optim.lr, data_parallel, interleave)
+    first = timetable.at(0)
     return Derived(
         world_size=world_size,
         data_parallel=data_parallel,
         expert_data_parallel=world_size // expert_ranks,
         micro_batches=first.micro_batches,
         tokens_per_step=first.global_batch * first.context,
-        total_tokens=plan.tokens,
-        plan=plan,
+        total_tokens=timetable.tokens,
+        timetable=timetable,
     )
 
 

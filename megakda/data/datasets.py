@@ -24,9 +24,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megakda.config import Config, derive
-from megakda.config.plan import Plan, Stream
 from megakda.config.schema import DataConfig
 from megakda.config.stages import read_stages
+from megakda.config.timetable import Stream, Timetable
 from megakda.data.chat_corpus import prepare_stdlib_chat
 from megakda.data.corpus import prepare_stdlib
 from megakda.data.indexed import IndexedInfo, check_answers, check_indexed
@@ -174,7 +174,7 @@ class StreamData:
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a run still reads, by the number of the stream in its plan."""
+    """What a run still reads, by the number of the stream."""
 
     streams: dict[int, StreamData]
 
@@ -190,7 +190,7 @@ class Datasets:
 
 
 class StreamPositions:
-    """How far a run has read each stream of its plan.
+    """How far a run has read each of its streams.
 
     Attributes:
         consumed: sequences of each stream, by its number.
@@ -198,10 +198,10 @@ class StreamPositions:
         begun: numbers of the stages ahead whose data the run of the checkpoint loaded did not have.
     """
 
-    def __init__(self, plan: Plan, datasets: Datasets):
-        self._plan, self._datasets = plan, datasets
-        self._names = [stream.identity for stream in plan.streams]
-        self.consumed = [0] * len(plan.streams)
+    def __init__(self, timetable: Timetable, datasets: Datasets):
+        self._timetable, self._datasets = timetable, datasets
+        self._names = [stream.identity for stream in timetable.streams]
+        self.consumed = [0] * len(timetable.streams)
         self.reordered = False
         self.begun: list[int] = []
 
@@ -210,7 +210,7 @@ class StreamPositions:
         return {"streams": self._names, "consumed": self.consumed, "data_order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The counterpart of `state_dict`, also of a plan with other streams.
+        """The counterpart of `state_dict`, also of a run with other streams.
 
         A stream goes on where it was, whatever its number. One whose name was not there takes the
         position of the one that had its number, if that is gone: its settings may be another way
@@ -229,7 +229,7 @@ class StreamPositions:
         self.consumed = [consumed[before[n]] if n in before else 0 for n in range(len(self._names))]
         self.begun = [
             stage.number
-            for stage in self._plan.stages
+            for stage in self._timetable.stages
             if stage.stream not in before and stage.first_step + stage.steps > state["steps_done"]
         ]
         self.reordered = any(
@@ -260,7 +260,7 @@ def build_datasets(
             damaged.
     """
     if streams is None:
-        streams = derive(config, world_size()).plan.streams_from(0)
+        streams = derive(config, world_size()).timetable.streams_from(0)
     return Datasets({n: _build_stream(config, corpus, stream) for n, stream in streams.items()})
 
 

@@ -50,7 +50,7 @@ class Reporter:
             flops_per_token(
                 config.model, packing[n].document_tokens if n in packing else stream.context
             )
-            for n, stream in enumerate(derived.plan.streams)
+            for n, stream in enumerate(derived.timetable.streams)
         ]
         self.peak = _peak_flops(config)
         self.progress: Progress | None = None
@@ -89,7 +89,7 @@ class Reporter:
         )
         for line in self.derived.lines(self.config):
             self._note(f"  {line}")
-        for number in self.derived.plan.streams_from(steps_done):
+        for number in self.derived.timetable.streams_from(steps_done):
             for line in self._stream_lines(number):
                 self._note(f"  {line}")
         for line in self.assignment_table:
@@ -105,10 +105,14 @@ class Reporter:
 
     def _stream_lines(self, number: int) -> list[str]:
         """What a token of a stream costs, and how its rows are filled."""
-        plan, flops, packing = self.derived.plan, self.flops[number], self.packing.get(number)
-        stages = [str(stage.number) for stage in plan.stages if stage.stream == number]
+        timetable, flops, packing = (
+            self.derived.timetable,
+            self.flops[number],
+            self.packing.get(number),
+        )
+        stages = [str(stage.number) for stage in timetable.stages if stage.stream == number]
         several = "s" if len(stages) > 1 else ""
-        whose = f"stage{several} {', '.join(stages)}: " if len(plan.streams) > 1 else ""
+        whose = f"stage{several} {', '.join(stages)}: " if len(timetable.streams) > 1 else ""
         lines = [
             f"{whose}FLOPs per token {format_count(flops.training)} = 3 x "
             f"{format_count(flops.forward)} forward at "
@@ -116,7 +120,7 @@ class Reporter:
             + (f"against {self.peak / 1e12:,.0f} TFLOP/s" if self.peak else "not known here")
         ]
         if packing:
-            lines.append(f"{whose}data.packing={plan.streams[number].data.packing}: {packing}")
+            lines.append(f"{whose}data.packing={timetable.streams[number].data.packing}: {packing}")
         return lines
 
     def step(
@@ -150,7 +154,7 @@ class Reporter:
         extra = telemetry is not None or valid_loss is not None or result.problem is not None
         if step % self.config.logging.every and not extra:
             return
-        planned = self.derived.plan.at(step - 1)
+        planned = self.derived.timetable.at(step - 1)
         flops = self.flops[planned.stage.stream].training
         per_device = tokens_per_s * flops / self.derived.world_size
         row: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megakda.config.plan import Plan, Stage
+from megakda.config.timetable import Stage, Timetable
 from megakda.metrics.context_plot import save_figure, tidy
 from megakda.metrics.plot import axis_count, axis_exponent
 
@@ -18,18 +18,20 @@ _INK, _FAINT, _LINE = "#222222", "#6B6B6B", "#0072B2"
 _POINTS = 600  # of a stage, at most: more than the picture is wide
 
 
-def schedule_series(plan: Plan) -> dict[str, np.ndarray]:
-    """The plan as columns, for drawing: the first step of each value, and the end of the run.
+def schedule_series(timetable: Timetable) -> dict[str, np.ndarray]:
+    """A timetable as columns, for drawing: the first step of each value, and the end of the run.
 
     Returns:
         tokens (before the step), lr, batch and context; each holds until the next row. Long stages
         are sampled.
     """
-    steps = sorted({step for stage in plan.stages for step in _sampled(stage)})
-    rows = [plan.at(step) for step in steps]
-    end = plan.at(plan.steps - 1)
+    steps = sorted({step for stage in timetable.stages for step in _sampled(stage)})
+    rows = [timetable.at(step) for step in steps]
+    end = timetable.at(timetable.steps - 1)
     return {
-        "tokens": np.array([*(row.tokens_before for row in rows), plan.tokens], dtype=np.float64),
+        "tokens": np.array(
+            [*(row.tokens_before for row in rows), timetable.tokens], dtype=np.float64
+        ),
         "lr": np.array([row.lr for row in [*rows, end]]),
         "batch": np.array([row.global_batch for row in [*rows, end]]),
         "context": np.array([row.context for row in [*rows, end]]),
@@ -43,9 +45,9 @@ def _sampled(stage: Stage) -> Iterator[int]:
     yield from (size.first_step for size in stage.sizes)
 
 
-def stage_table(plan: Plan) -> list[str]:
+def stage_table(timetable: Timetable) -> list[str]:
     """The stages as aligned lines of text, with a heading."""
-    table = plan.rows()
+    table = timetable.rows()
     rows = [list(table[0]), *(list(row.values()) for row in table)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -55,19 +57,19 @@ def stage_table(plan: Plan) -> list[str]:
     return lines
 
 
-def plot_schedule(plan: Plan, out: Path, title: str) -> Path:
-    """Draws the plan into a PNG file and returns its path."""
-    panels = 3 if len({stage.context for stage in plan.stages}) > 1 else 2
-    height = 3.0 + 1.15 * (panels - 1) + 0.24 * -(-len(plan.stages) // 2) + 0.9
-    return save_figure(lambda figure: draw_schedule(figure, plan, title), out, (9.4, height))
+def plot_schedule(timetable: Timetable, out: Path, title: str) -> Path:
+    """Draws a timetable into a PNG file and returns its path."""
+    panels = 3 if len({stage.context for stage in timetable.stages}) > 1 else 2
+    height = 3.0 + 1.15 * (panels - 1) + 0.24 * -(-len(timetable.stages) // 2) + 0.9
+    return save_figure(lambda figure: draw_schedule(figure, timetable, title), out, (9.4, height))
 
 
-def draw_schedule(figure: Any, plan: Plan, title: str) -> None:
+def draw_schedule(figure: Any, timetable: Timetable, title: str) -> None:
     """Panels of learning rate, batch and, where it changes, context, over bands of the stages."""
     import matplotlib
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    series = schedule_series(plan)
+    series = schedule_series(timetable)
     panels = [("lr", "Learning rate", 3.2), ("batch", "Sequences per step", 1.0)]
     if len(set(series["context"])) > 1:
         panels.append(("context", "Context, tokens", 1.0))
@@ -84,7 +86,7 @@ def draw_schedule(figure: Any, plan: Plan, title: str) -> None:
             ax.set_title(
                 label, loc="left", fontsize=9.5, color=_FAINT, pad=22 if ax is grid[0] else 5
             )
-            for stage in plan.stages:
+            for stage in timetable.stages:
                 end = stage.first_token + stage.tokens
                 ax.axvspan(stage.first_token, end, color=_color(stage), alpha=0.2, lw=0)
             ax.plot(
@@ -99,20 +101,20 @@ def draw_schedule(figure: Any, plan: Plan, title: str) -> None:
         axes = dict(zip((name for name, *_ in panels), grid, strict=True))
         axes["lr"].yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes["lr"].yaxis.set_major_formatter(FuncFormatter(axis_exponent))
-        _ticks_at_values(axes["batch"], [0, *(stage.batch for stage in plan.stages)])
+        _ticks_at_values(axes["batch"], [0, *(stage.batch for stage in timetable.stages)])
         if "context" in axes:
-            lengths = {stage.context for stage in plan.stages}
+            lengths = {stage.context for stage in timetable.stages}
             axes["context"].set_yscale("log", base=2)
             axes["context"].set_ylim(min(lengths) / 1.6, max(lengths) * 1.6)
             axes["context"].minorticks_off()
             axes["context"].set_yticks(sorted(lengths), [f"{n:,}" for n in sorted(lengths)])
-        grid[0].set_xlim(0, plan.tokens)
+        grid[0].set_xlim(0, timetable.tokens)
         grid[-1].xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
         grid[-1].xaxis.set_major_formatter(FuncFormatter(axis_count))
         grid[-1].set_xlabel("Tokens", color=_FAINT)
-        _number_stages(grid[0], plan)
+        _number_stages(grid[0], timetable)
         figure.legend(
-            *_key(plan),
+            *_key(timetable),
             loc="outside lower left",
             ncols=2,
             frameon=False,
@@ -131,9 +133,11 @@ def _ticks_at_values(ax: Any, values: list[int]) -> None:
     ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
 
 
-def _number_stages(ax: Any, plan: Plan) -> None:
+def _number_stages(ax: Any, timetable: Timetable) -> None:
     """Each stage's number above its band; those of narrow bands make room for one another."""
-    centres = [(stage.first_token + stage.tokens / 2) / plan.tokens for stage in plan.stages]
+    centres = [
+        (stage.first_token + stage.tokens / 2) / timetable.tokens for stage in timetable.stages
+    ]
     room = min(0.026, 1 / len(centres))
     places = list(centres)
     for n in range(1, len(places)):
@@ -141,7 +145,7 @@ def _number_stages(ax: Any, plan: Plan) -> None:
     places[-1] = min(places[-1], 1 - room / 3)
     for n in reversed(range(len(places) - 1)):
         places[n] = min(places[n], places[n + 1] - room)
-    for stage, place, centre in zip(plan.stages, places, centres, strict=True):
+    for stage, place, centre in zip(timetable.stages, places, centres, strict=True):
         ax.annotate(
             str(stage.number),
             xy=(centre, 1.0),
@@ -161,13 +165,13 @@ def _number_stages(ax: Any, plan: Plan) -> None:
         )
 
 
-def _key(plan: Plan) -> tuple[list[Any], list[str]]:
+def _key(timetable: Timetable) -> tuple[list[Any], list[str]]:
     """Handles and texts of the legend, one per stage."""
     from matplotlib.patches import Patch
 
-    handles = [Patch(fc=_pale(stage), ec=_color(stage), lw=0.9) for stage in plan.stages]
+    handles = [Patch(fc=_pale(stage), ec=_color(stage), lw=0.9) for stage in timetable.stages]
     texts = []
-    for stage, row in zip(plan.stages, plan.rows(), strict=True):
+    for stage, row in zip(timetable.stages, timetable.rows(), strict=True):
         rate = f"{axis_exponent(stage.lr_from)} → {axis_exponent(stage.lr_to)}"
         texts.append(
             f"{row['stage']}: {axis_exponent(stage.lr_to) if stage.kind == 'constant' else rate}, "

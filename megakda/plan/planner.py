@@ -20,7 +20,7 @@ class Phase:
 
     Attributes:
         stages: of the schedule, 1-based, that are like it.
-        context, micro_batch, global_batch, micro_batches: as in `megakda.config.plan`.
+        context, micro_batch, global_batch, micro_batches: as in `megakda.config.timetable`.
         steps, tokens: of all of them.
         memory: of each pipeline stage.
         time: of a step.
@@ -120,7 +120,7 @@ def parts_of(derived: Derived) -> list[Part]:
     """The parts of a run that differ in size, in the order of the schedule."""
     steps: dict[tuple[int, int, int], int] = {}
     stages: dict[tuple[int, int, int], set[int]] = {}
-    for stage in derived.plan.stages:
+    for stage in derived.timetable.stages:
         for size in stage.sizes:
             key = (stage.context, stage.micro_batch, size.global_batch)
             steps[key] = steps.get(key, 0) + size.steps

@@ -79,7 +79,7 @@ def test_the_48b_model():
 
 def test_every_stage_keeps_its_kind_target_and_place():
     config, full = compose([PRETRAIN, "scale=smoke"]), compose([PRETRAIN])
-    ours, theirs = validate(config, 2).plan.stages, validate(full, 64).plan.stages
+    ours, theirs = validate(config, 2).timetable.stages, validate(full, 64).timetable.stages
     assert [s.steps for s in ours] == [2, 9, 5, 2, 2]
     for mine, other in zip(ours, theirs, strict=True):
         for key in ("kind", "lr_from", "lr_to", "expert_bias_rate"):

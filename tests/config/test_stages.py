@@ -1,4 +1,4 @@
-"""Stages: what they may say, and the plan of steps that follows."""
+"""Stages: what they may say, and the timetable of steps that follows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakda.config import Config, Derived, compose, validate
-from megakda.config.plan import Plan
 from megakda.config.schema import ScheduleConfig
 from megakda.config.stages import read_stages, summary, unread_settings
+from megakda.config.timetable import Timetable
 from megakda.errors import ConfigError
 
 WHOLE = [
@@ -43,12 +43,12 @@ def derived_of(*stages: dict[str, Any], ranks: int = 1, overrides: Any = ()) -> 
     return validate(config_of(*stages, overrides=tuple(overrides)), ranks)
 
 
-def plan_of(*stages: dict[str, Any], ranks: int = 1, overrides: Any = ()) -> Plan:
-    return derived_of(*stages, ranks=ranks, overrides=overrides).plan
+def timetable_of(*stages: dict[str, Any], ranks: int = 1, overrides: Any = ()) -> Timetable:
+    return derived_of(*stages, ranks=ranks, overrides=overrides).timetable
 
 
-def rates(plan: Plan) -> list[float]:
-    return [plan.at(step).lr for step in range(plan.steps)]
+def rates(timetable: Timetable) -> list[float]:
+    return [timetable.at(step).lr for step in range(timetable.steps)]
 
 
 def cosine(done: float) -> float:
@@ -71,16 +71,18 @@ RATES = {
 def test_rates_inside_and_at_the_borders(kind, length):
     said, expected = RATES[kind]
     stage = {"kind": kind, length: 3 if length == "steps" else 3 * STEP, **said}
-    plan = plan_of({"kind": "warmup", "steps": 2, "to": 0.8}, stage, {"kind": "constant"}, **OPEN)
+    timetable = timetable_of(
+        {"kind": "warmup", "steps": 2, "to": 0.8}, stage, {"kind": "constant"}, **OPEN
+    )
     after = 0.8 if kind == "constant" else 0.2
-    assert rates(plan) == pytest.approx([0.4, 0.8, *expected, after, after], rel=1e-12)
-    assert [plan.at(step).stage.number for step in range(7)] == [1, 1, 2, 2, 2, 3, 3]
-    borders = [tokens for tokens in range(0, plan.tokens, STEP // 2)]
-    assert [plan.lr_at(tokens) for tokens in borders[::2]] == rates(plan)
-    assert [plan.lr_at(tokens) for tokens in borders[1::2]] == rates(plan)
-    assert plan.lr_at(STEP - 1) == plan.at(0).lr != plan.lr_at(STEP)
+    assert rates(timetable) == pytest.approx([0.4, 0.8, *expected, after, after], rel=1e-12)
+    assert [timetable.at(step).stage.number for step in range(7)] == [1, 1, 2, 2, 2, 3, 3]
+    borders = [tokens for tokens in range(0, timetable.tokens, STEP // 2)]
+    assert [timetable.lr_at(tokens) for tokens in borders[::2]] == rates(timetable)
+    assert [timetable.lr_at(tokens) for tokens in borders[1::2]] == rates(timetable)
+    assert timetable.lr_at(STEP - 1) == timetable.at(0).lr != timetable.lr_at(STEP)
     with pytest.raises(ValueError, match=r"must be in 0\.\.3583"):
-        plan.lr_at(plan.tokens)
+        timetable.lr_at(timetable.tokens)
 
 
 OPEN: dict[str, Any] = {"overrides": ["train.steps=7"]}
@@ -88,14 +90,17 @@ OPEN: dict[str, Any] = {"overrides": ["train.steps=7"]}
 
 def test_the_first_stage_and_stages_that_rise():
     fall = {"kind": "linear", "steps": 1, "to": 0.5}
-    assert rates(plan_of(fall, fall)) == [0.75, 0.5]  # from optim.lr=1, where there is no warmup
-    assert rates(plan_of({"kind": "warmup", "steps": 2})) == [0.5, 1.0]
+    assert rates(timetable_of(fall, fall)) == [
+        0.75,
+        0.5,
+    ]  # from optim.lr=1, where there is no warmup
+    assert rates(timetable_of({"kind": "warmup", "steps": 2})) == [0.5, 1.0]
     again = {"kind": "warmup", "steps": 2, "to": 0.9}
-    assert rates(plan_of(fall, again)) == pytest.approx([0.75, 0.7, 0.9])
+    assert rates(timetable_of(fall, again)) == pytest.approx([0.75, 0.7, 0.9])
     rise = {"kind": "linear", "steps": 1, "to": 1.5}
-    assert rates(plan_of(fall, rise)) == [0.75, 1.0]
+    assert rates(timetable_of(fall, rise)) == [0.75, 1.0]
     jump = {"kind": "constant", "steps": 2, "to": 0.1}
-    assert rates(plan_of(fall, jump)) == [0.75, 0.1, 0.1]
+    assert rates(timetable_of(fall, jump)) == [0.75, 0.1, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -113,13 +118,13 @@ def test_the_shorthand_stands_for_stages(shorthand):
     derived = validate(compose([*WHOLE, *said, "train.steps=20"]), 2)
     steps = {"style=wsd": (3, 13, 4), "style=cosine": (3, 17), "style=linear": (20,)}
     expected = steps.get(shorthand[0], (3, 17)) if "warmup_steps=30" not in shorthand else (20,)
-    assert tuple(stage.steps for stage in derived.plan.stages) == expected
+    assert tuple(stage.steps for stage in derived.timetable.stages) == expected
     assert (derived.steps, derived.total_tokens) == (20, 20 * STEP)
-    assert len(derived.plan.streams) == 1 and derived.plan.streams[0].sequences == 20 * 8
+    assert len(derived.timetable.streams) == 1 and derived.timetable.streams[0].sequences == 20 * 8
     assert [line for line in derived.lines(compose(WHOLE)) if "micro-batches 2 = " in line]
     # The same run by its tokens
     tokens = [*WHOLE, *said, "train.steps=null", f"train.tokens={20 * STEP + 100}"]
-    assert validate(compose(tokens), 2).plan == derived.plan
+    assert validate(compose(tokens), 2).timetable == derived.timetable
 
 
 def test_a_shorthand_needs_one_length():
@@ -131,8 +136,8 @@ def test_a_shorthand_needs_one_length():
 
 def test_the_open_stage_takes_the_rest():
     stages = {"kind": "warmup", "steps": 5}, {"kind": "constant"}, fall(tokens=10 * STEP)
-    by_steps = plan_of(*stages, overrides=["train.steps=40"])
-    by_tokens = plan_of(*stages, overrides=[f"train.tokens={40 * STEP}"])
+    by_steps = timetable_of(*stages, overrides=["train.steps=40"])
+    by_tokens = timetable_of(*stages, overrides=[f"train.tokens={40 * STEP}"])
     assert by_steps == by_tokens
     assert [stage.steps for stage in by_steps.stages] == [5, 25, 10]
 
@@ -143,68 +148,78 @@ def fall(**said: Any) -> dict[str, Any]:
 
 def test_tokens_are_rounded_to_whole_steps_once():
     """Each border is at the step nearest to it; roundings do not add up."""
-    plan = plan_of(*[fall(tokens=1.4 * STEP * 5) for _ in range(5)])  # 7 steps each
-    assert [stage.steps for stage in plan.stages] == [7] * 5
-    plan = plan_of(*[fall(tokens=int(2.4 * STEP)) for _ in range(5)])  # borders 2.4, 4.8, 7.2, ...
-    assert [stage.first_step for stage in plan.stages] == [0, 2, 5, 7, 10]
-    assert plan.steps == 12
+    timetable = timetable_of(*[fall(tokens=1.4 * STEP * 5) for _ in range(5)])  # 7 steps each
+    assert [stage.steps for stage in timetable.stages] == [7] * 5
+    timetable = timetable_of(
+        *[fall(tokens=int(2.4 * STEP)) for _ in range(5)]
+    )  # borders 2.4, 4.8, 7.2, ...
+    assert [stage.first_step for stage in timetable.stages] == [0, 2, 5, 7, 10]
+    assert timetable.steps == 12
     # A stage in steps has those, and passes on what the one before it lacks.
-    plan = plan_of(fall(tokens=int(2.4 * STEP)), fall(steps=2), fall(tokens=int(2.4 * STEP)))
-    assert [stage.steps for stage in plan.stages] == [2, 2, 3]
+    timetable = timetable_of(
+        fall(tokens=int(2.4 * STEP)), fall(steps=2), fall(tokens=int(2.4 * STEP))
+    )
+    assert [stage.steps for stage in timetable.stages] == [2, 2, 3]
 
 
 def test_a_batch_that_grows():
     """From 4 to 16 in multiples of 2 ranks x 2, each size for a quarter of the tokens."""
     grows = {"batch": {"from": 4, "to": 16}}
-    plan = plan_of({"kind": "warmup", "tokens": 200 * STEP, **grows}, fall(steps=3), ranks=2)
-    (stage, _) = plan.stages
+    timetable = timetable_of(
+        {"kind": "warmup", "tokens": 200 * STEP, **grows}, fall(steps=3), ranks=2
+    )
+    (stage, _) = timetable.stages
     assert [size.global_batch for size in stage.sizes] == [4, 8, 12, 16]
     for size in stage.sizes:
         assert size.steps * size.global_batch * 64 == pytest.approx(50 * STEP, abs=STEP)
-    batches = [plan.at(step).global_batch for step in range(plan.steps)]
+    batches = [timetable.at(step).global_batch for step in range(timetable.steps)]
     assert batches == sorted(batches[:-3]) + [8] * 3
-    assert [plan.at(step).micro_batches for step in (0, stage.steps - 1)] == [1, 4]
+    assert [timetable.at(step).micro_batches for step in (0, stage.steps - 1)] == [1, 4]
     assert stage.tokens == pytest.approx(200 * STEP, abs=STEP)
     # The rate follows the tokens, not the steps.
     for step in range(0, stage.steps, 7):
-        now = plan.at(step)
+        now = timetable.at(step)
         done = now.tokens_before + now.global_batch * 64
         assert now.lr == pytest.approx(done / stage.tokens, rel=1e-12)
-    assert plan.at(stage.steps - 1).lr == 1.0
+    assert timetable.at(stage.steps - 1).lr == 1.0
     by = {"batch": {"from": 4, "to": 16, "by": 6}, "micro_batch": 1}
-    coarse = plan_of({"kind": "warmup", "tokens": 200 * STEP, **by}, ranks=2).stages[0]
+    coarse = timetable_of({"kind": "warmup", "tokens": 200 * STEP, **by}, ranks=2).stages[0]
     assert [size.global_batch for size in coarse.sizes] == [4, 10, 16]
     # In steps, and in the multiples of an interleaved pipeline
     pipeline = ["parallel=pp2_vpp2"]
-    steps = plan_of({"kind": "warmup", "steps": 50, **grows}, ranks=2, overrides=pipeline)
+    steps = timetable_of({"kind": "warmup", "steps": 50, **grows}, ranks=2, overrides=pipeline)
     assert steps.steps == 50
     assert [size.global_batch for size in steps.stages[0].sizes] == [4, 8, 12, 16]
-    assert plan_of({"kind": "warmup", "steps": 2, **grows}).steps == 2  # fewer steps than sizes
+    assert (
+        timetable_of({"kind": "warmup", "steps": 2, **grows}).steps == 2
+    )  # fewer steps than sizes
 
 
 def test_a_short_stage_whose_batch_grows_keeps_to_its_length():
     """One step of the last batch, less of the others, and within half of that step."""
     step = 64 * 64
     for length in (step, 3 * step // 2, 5 * step):
-        plan = plan_of(
+        timetable = timetable_of(
             {"kind": "warmup", "tokens": length, "batch": {"from": 8, "to": 64}},
             {"kind": "constant", "tokens": length},
         )
-        assert plan.stages[0].batch == 64
-        assert plan.stages[0].tokens == pytest.approx(length, abs=step / 2)
-        assert plan.tokens == pytest.approx(2 * length, abs=STEP / 2)
+        assert timetable.stages[0].batch == 64
+        assert timetable.stages[0].tokens == pytest.approx(length, abs=step / 2)
+        assert timetable.tokens == pytest.approx(2 * length, abs=STEP / 2)
 
 
 def test_a_stage_after_much_longer_steps_has_a_step():
     long = {"kind": "warmup", "tokens": 96 * 64, "batch": 64}  # 1.5 steps, so 2
-    plan = plan_of(long, {"kind": "constant", "tokens": STEP}, {"kind": "constant", "steps": 1})
-    assert [stage.steps for stage in plan.stages] == [2, 1, 1]
+    timetable = timetable_of(
+        long, {"kind": "constant", "tokens": STEP}, {"kind": "constant", "steps": 1}
+    )
+    assert [stage.steps for stage in timetable.stages] == [2, 1, 1]
 
 
 def test_what_a_stage_changes_is_its_own():
     longer = {"context": 128, "batch": 4, "micro_batch": 1, "expert_bias_rate": 0.0}
-    plan = plan_of(fall(steps=2), fall(steps=2, **longer), fall(steps=2), ranks=2)
-    seen = [plan.at(step) for step in (1, 3, 5)]
+    timetable = timetable_of(fall(steps=2), fall(steps=2, **longer), fall(steps=2), ranks=2)
+    seen = [timetable.at(step) for step in (1, 3, 5)]
     assert [now.context for now in seen] == [64, 128, 64]
     assert [(now.global_batch, now.micro_batch, now.micro_batches) for now in seen] == [
         (8, 2, 2),
@@ -213,10 +228,10 @@ def test_what_a_stage_changes_is_its_own():
     ]
     assert [now.expert_bias_rate for now in seen] == [1e-3, 0.0, 1e-3]
     # The third stage goes on in the data of the first.
-    assert [stage.stream for stage in plan.stages] == [0, 1, 0]
-    assert [stream.sequences for stream in plan.streams] == [32, 8]
-    assert plan.longest_context == 128
-    assert plan.streams_from(4).keys() == {0} and plan.streams_from(0).keys() == {0, 1}
+    assert [stage.stream for stage in timetable.stages] == [0, 1, 0]
+    assert [stream.sequences for stream in timetable.streams] == [32, 8]
+    assert timetable.longest_context == 128
+    assert timetable.streams_from(4).keys() == {0} and timetable.streams_from(0).keys() == {0, 1}
 
 
 def test_data_of_a_stage():
@@ -226,7 +241,7 @@ def test_data_of_a_stage():
         fall(steps=1, data={"weights": [1.0, 2.0]}),
         overrides=("data.paths=[x,y]", "data.weights=[0.5,0.5]"),
     )
-    first, second, third = (stream.data for stream in validate(config, 1).plan.streams)
+    first, second, third = (stream.data for stream in validate(config, 1).timetable.streams)
     assert first == config.data
     assert (second.paths, second.weights, second.packing) == (["b", "c"], None, "documents")
     assert (third.paths, third.weights) == (["x", "y"], [1.0, 2.0])
@@ -234,19 +249,19 @@ def test_data_of_a_stage():
 
 
 def test_only_what_decides_the_sequences_makes_a_stream():
-    plan = plan_of(
+    timetable = timetable_of(
         fall(steps=1),
         fall(steps=1, data={"cache": "/tmp/elsewhere", "paths": ["corpus/a"]}),
         fall(steps=1, data={"split": [90.0, 10.0, 0.0]}),
         overrides=("data.prepare=stdlib",),
     )
-    assert [stage.stream for stage in plan.stages] == [0, 0, 1]
+    assert [stage.stream for stage in timetable.stages] == [0, 0, 1]
 
 
 def test_an_end_that_is_passed():
     """Whoever steps on beyond the end trains as in the last step."""
-    plan = plan_of({"kind": "warmup", "steps": 2}, fall(steps=2))
-    last, past = plan.at(3), plan.at(5)
+    timetable = timetable_of({"kind": "warmup", "steps": 2}, fall(steps=2))
+    last, past = timetable.at(3), timetable.at(5)
     assert (past.lr, past.step, past.tokens_before) == (last.lr, 5, 5 * STEP)
 
 
@@ -267,7 +282,7 @@ def test_what_a_person_reads():
 
 def test_what_stages_change_stands_in_the_table():
     blend = {"paths": ["x", "y"], "weights": [1.0, 2.5], "packing": "documents"}
-    first, second = plan_of(
+    first, second = timetable_of(
         fall(steps=1), fall(steps=1, expert_bias_rate=0.0, data=blend, micro_batch=1)
     ).rows()
     assert (first["bias-rate"], second["bias-rate"]) == ("0.001", "0")
@@ -475,25 +490,26 @@ def test_a_plan_is_one_run(drawn):
             {"steps": length} if in_steps else {"tokens": length * 4 * (batch + growth) * context}
         )
         stages.append({"kind": kind, "to": 0.5, "context": context, "batch": size, **unit})
-    plan = plan_of(*stages, ranks=2)
-    assert plan.steps == sum(stage.steps for stage in plan.stages)
-    assert all(stage.steps > 0 and stage.tokens > 0 for stage in plan.stages)
-    for stage, said in zip(plan.stages, stages, strict=True):
+    timetable = timetable_of(*stages, ranks=2)
+    assert timetable.steps == sum(stage.steps for stage in timetable.stages)
+    assert all(stage.steps > 0 and stage.tokens > 0 for stage in timetable.stages)
+    for stage, said in zip(timetable.stages, stages, strict=True):
         assert stage.batch == said["batch"]["to"] if isinstance(said["batch"], dict) else True
         assert stage.steps == said.get("steps", stage.steps)
     token = 0
-    for step in range(plan.steps):
-        now = plan.at(step)
+    for step in range(timetable.steps):
+        now = timetable.at(step)
         assert now.tokens_before == token
         assert now.micro_batches * 2 * now.micro_batch == now.global_batch
-        assert plan.step_at(token) == step
+        assert timetable.step_at(token) == step
         token += now.global_batch * now.context
-        assert plan.step_at(token - 1) == step
+        assert timetable.step_at(token - 1) == step
         assert 0 < now.lr <= 1.0
-    assert token == plan.tokens
+    assert token == timetable.tokens
     # Roundings do not add up.
     asked = sum(
-        said.get("tokens", stage.tokens) for stage, said in zip(plan.stages, stages, strict=True)
+        said.get("tokens", stage.tokens)
+        for stage, said in zip(timetable.stages, stages, strict=True)
     )
-    assert abs(token - asked) < max(stage.batch * stage.context for stage in plan.stages)
-    assert sum(s.sequences * s.context for s in plan.streams) == token
+    assert abs(token - asked) < max(stage.batch * stage.context for stage in timetable.stages)
+    assert sum(s.sequences * s.context for s in timetable.streams) == token

@@ -32,10 +32,10 @@ class Sequences:
 def positions(*stages: str, seeds: list[int], own: Sequence[str] = ()) -> StreamPositions:
     """Of a run with these stages; `seeds` tell the data of its streams."""
     overrides = [f"schedule.stages=[{','.join(stages)}]", "train.steps=null", "train.context=48"]
-    plan = derive(compose([*overrides, *own]), 1).plan
-    assert len(plan.streams) == len(seeds)
+    timetable = derive(compose([*overrides, *own]), 1).timetable
+    assert len(timetable.streams) == len(seeds)
     data = {n: StreamData(Sequences(seed), None) for n, seed in enumerate(seeds)}
-    return StreamPositions(plan, Datasets(data))
+    return StreamPositions(timetable, Datasets(data))
 
 
 def saved(of: StreamPositions, consumed: list[int], steps_done: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The picture of a schedule is the plan."""
+"""The picture of a schedule is the timetable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from megakda.config import compose, validate
-from megakda.config.plan import Plan
+from megakda.config.timetable import Timetable
 from megakda.metrics.schedule_plot import (
     draw_schedule,
     plot_schedule,
@@ -31,48 +31,48 @@ RUN += ["train.global_batch=7808", "optim.lr=1.1e-3"]
 
 
 @pytest.fixture(scope="module")
-def plan() -> Plan:
-    return validate(compose(RUN), 16).plan
+def timetable() -> Timetable:
+    return validate(compose(RUN), 16).timetable
 
 
-def test_every_point_is_the_plans(plan):
-    series = schedule_series(plan)
+def test_every_point_is_the_plans(timetable):
+    series = schedule_series(timetable)
     tokens = series["tokens"]
-    assert tokens[0] == 0 and tokens[-1] == plan.tokens and (np.diff(tokens) > 0).all()
+    assert tokens[0] == 0 and tokens[-1] == timetable.tokens and (np.diff(tokens) > 0).all()
     for token, lr, batch, context in zip(*(series[name][:-1] for name in series), strict=True):
-        now = plan.at(plan.step_at(int(token)))
+        now = timetable.at(timetable.step_at(int(token)))
         assert (now.tokens_before, now.lr, now.global_batch) == (token, lr, batch)
         assert now.context == context
     # The first and last steps of a stage are all there, and so is each size of the batch.
-    for stage in plan.stages:
+    for stage in timetable.stages:
         for step in (stage.first_step, stage.first_step + stage.steps - 1):
-            assert plan.at(step).tokens_before in tokens
-    assert {size.first_token for size in plan.stages[0].sizes} <= set(tokens)
+            assert timetable.at(step).tokens_before in tokens
+    assert {size.first_token for size in timetable.stages[0].sizes} <= set(tokens)
 
 
-def test_what_is_drawn(plan, tmp_path):
+def test_what_is_drawn(timetable, tmp_path):
     figure = Figure(layout="constrained")
-    draw_schedule(figure, plan, "title")
-    series = schedule_series(plan)
+    draw_schedule(figure, timetable, "title")
+    series = schedule_series(timetable)
     axes = figure.axes
     for ax, name in zip(axes, ("lr", "batch", "context"), strict=True):
         (line,) = ax.lines
         assert np.array_equal(line.get_xdata(), series["tokens"])
         assert np.array_equal(line.get_ydata(), series[name])
         bounds = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches]
-        ends = [(stage.first_token, stage.first_token + stage.tokens) for stage in plan.stages]
+        ends = [(stage.first_token, stage.first_token + stage.tokens) for stage in timetable.stages]
         assert np.allclose(bounds, ends)
     assert [text.get_text() for text in axes[0].texts] == ["1", "2", "3", "4"]
     (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]
     assert texts[0] == "1 warmup: 0 → 1.1e-3, 40B tokens, context 4,096, batch 512 → 7,808"
     assert texts[3] == "4 constant: 1.1e-4, 5.4B tokens, context 32,768, batch 976"
-    out = plot_schedule(plan, tmp_path / "deep" / "schedule.png", "title")
+    out = plot_schedule(timetable, tmp_path / "deep" / "schedule.png", "title")
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_lines_up(plan):
-    heading, *rows = stage_table(plan)
+def test_the_table_lines_up(timetable):
+    heading, *rows = stage_table(timetable)
     columns = ["stage", "steps", "tokens", "rate", "context", "batch", "micro-batch"]
     assert heading.split() == columns
     assert len({len(line) for line in [heading, *rows]}) == 1

@@ -22,8 +22,8 @@ def rates(**settings: Any) -> list[float]:
     groups: list[dict[str, Any]] = [{}, {"wd_mult": 0.0}]
     said = [f"schedule.{key}={value}" for key, value in settings.items()]
     config = compose(["schedule.warmup_steps=0", "optim.lr=1", f"train.steps={STEPS}", *said])
-    plan = validate(config, 1).plan
-    schedule = Schedule(SimpleNamespace(param_groups=groups), plan, weight_decay=0.3)
+    timetable = validate(config, 1).timetable
+    schedule = Schedule(SimpleNamespace(param_groups=groups), timetable, weight_decay=0.3)
     found = []
     for step in range(STEPS):
         found.append(schedule.set(step))

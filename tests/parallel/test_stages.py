@@ -44,7 +44,7 @@ def walk(overrides: list[str], corpus: str) -> list[tuple[float, ...]]:
     """Loss, gradient norm, rate and validation loss of every step."""
     with jobs.trainer([*RUN, *overrides], corpus) as run:
         found = []
-        for _ in range(run.plan.steps):
+        for _ in range(run.timetable.steps):
             result = run.step(run.batches())
             found.append((result.loss, result.grad_norm, result.lr, run.validate()))
         assert run.positions.consumed == [2 * 4 + 1 * 4 + sum(BATCHES[5:]), 2 * 2]
@@ -75,7 +75,7 @@ def again(overrides: list[str], corpus: str, run_folder: str, after: list[int]) 
         with jobs.trainer([*RUN, *overrides, resume], corpus) as run:
             run.resume()
             assert not run.positions.reordered
-            found[step] = [run.step(run.batches()).loss for _ in range(step, run.plan.steps)]
+            found[step] = [run.step(run.batches()).loss for _ in range(step, run.timetable.steps)]
     return found
 
 
@@ -119,7 +119,7 @@ def changed_data(corpus: str, spike_sigmas: float) -> list[str | None]:
         run.guard.judge = lambda loss, norm, stream: judge(
             9.0 if "documents" in stream else 2.0, norm, stream
         )
-        return [run.step(run.batches()).problem for _ in range(run.plan.steps)]
+        return [run.step(run.batches()).problem for _ in range(run.timetable.steps)]
 
 
 def test_the_guard_compares_no_stage_to_other_data(ranks, corpus):
@@ -146,7 +146,7 @@ def test_data_of_a_later_stage_are_checked_first(corpus, tmp_path):
     )
     config = compose([*jobs.SMALL, stages, "train.steps=null", "data=indexed"])
     config.data.paths = [str(corpus)]
-    streams = validate(config, 1).plan.streams_from
+    streams = validate(config, 1).timetable.streams_from
     with pytest.raises(DataError, match="gone"):
         prepare_data(config)
     with pytest.raises(DataError, match="gone"):
@@ -177,4 +177,4 @@ def losses(overrides: list[str], corpus: str) -> list[float]:
     """Of every step; the weights stay what they were."""
     common = ["model.mla.rope=true", "optim.weight_decay=0", "model.moe.bias_update_rate=0"]
     with jobs.trainer([*common, "schedule.warmup_steps=0", *overrides], corpus) as run:
-        return [run.step(run.batches()).loss for _ in range(run.plan.steps)]
+        return [run.step(run.batches()).loss for _ in range(run.timetable.steps)]
