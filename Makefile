@@ -18,7 +18,7 @@ SOURCES := megakda tools tests setup.py
 help:
 	@echo "make quickstart    environment, a small model trained on 2 CPU ranks, exported, a sample, a plot"
 	@echo "make test          the test suite (2 cores, no GPU)"
-	@echo "make test-parity   context parallelism in all combinations of its choices (hours)"
+	@echo "make test-parity   layouts and context parallelism in all combinations of choices (hours)"
 	@echo "make test-recipes  every recipe with scale=smoke, 20 steps on 2 CPU ranks"
 	@echo "make test-peers    FLA=checkout: flash-linear-attention's tests of KDA on our operators"
 	@echo "make lint          ruff and mypy"
@@ -49,7 +49,8 @@ test: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile
 
 test-parity: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q -m "parity or not parity" tests/parallel/test_context_parity.py
+	@$(BIN)/python -m pytest -q -m "parity or not parity" tests/parallel/test_layouts.py \
+		tests/parallel/test_context_parity.py
 
 test-recipes: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q -m "recipes or not recipes" tests/test_recipes.py

@@ -7,6 +7,7 @@ module-level function that runs on every rank of a fresh world and returns somet
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import psutil
+from torch.distributed import TCPStore
 
 JOB_SECONDS = 240
 
@@ -39,10 +41,11 @@ class RankPool:
             RankError: the job raised, or did not end in time. The pool starts afresh.
         """
         self._start(ranks)
-        port = free_port()
+        # Made here, as torchrun does, it is there when the ranks look for it.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         pipes = [pipe for _, pipe in self._workers[:ranks]]
         for rank, pipe in enumerate(pipes):
-            pipe.send((rank, ranks, port, job, args, kwargs))
+            pipe.send((rank, ranks, store.port, job, args, kwargs))
         results: dict[int, Any] = {}
         pending = {pipe: rank for rank, pipe in enumerate(pipes)}
         while pending:
@@ -95,6 +98,9 @@ def _serve(pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     megakda.runtime.install("cpu")
+    import megakda.trainer  # noqa: F401 - what most jobs need
+
+    gc.freeze()  # every job ends with a collection, which need not look through the libraries
     while True:
         try:
             rank, ranks, port, job, args, kwargs = pipe.recv()
@@ -107,6 +113,8 @@ def _serve(pipe: Connection) -> None:
             LOCAL_WORLD_SIZE=str(ranks),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RESTART_COUNT="0",
         )
         try:
             pipe.send((True, job(*args, **kwargs)))

@@ -1,4 +1,7 @@
-"""The kernels of training and inference, compiled for GPUs that are not there, at full size."""
+"""The kernels of training and inference, compiled for a GPU that is not there, at full size.
+
+The other architectures are for `make kernel-report`, whenever a kernel changes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ ROOT = Path(megakda.__file__).resolve().parents[1]
 @pytest.mark.timeout(1200)
 def test_kernels_compile_within_their_budgets_and_no_worse_than_recorded() -> None:
     done = subprocess.run(
-        [sys.executable, "tools/kernel_report.py", "--check"],
+        [sys.executable, "tools/kernel_report.py", "--check", "--architectures", "sm_90"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -24,7 +24,7 @@ LAYOUTS = {
     "tp2_etp2_dp2": (4, ["parallel=tp2", "parallel.expert_tensor=2"]),
     "etp2": (2, ["parallel.expert_tensor=2"]),
     "pp2_no_experts": (2, ["parallel=pp2", "parallel.pipeline_layers=[1,3]"]),
-    "pp2_vpp2_dp2": (4, ["parallel=pp2_vpp2"]),
+    "pp2_vpp2_dp2": (4, ["parallel=pp2_vpp2", "train.micro_batch=1"]),
     "cp2": (2, ["parallel.context=2"]),
     "dp2_overlap": (
         2,
@@ -123,7 +123,7 @@ def test_momentum_is_sharded_and_work_is_spread(ranks, corpus):
 
 @pytest.mark.parametrize("layout", ["dp2", "dp4", "cp2", "ep2"])
 def test_bytes_are_little_more_than_adamws(ranks, corpus, layout):
-    world, overrides = {"dp4": (4, []), **LAYOUTS}[layout]
+    world, overrides = {"dp4": (4, ["train.micro_batch=1"]), **LAYOUTS}[layout]
     total = {}
     for name in ("adamw", "muon"):
         moved = ranks.run(world, muon_jobs.optimizer_bytes, [*overrides, f"optim={name}"], corpus)

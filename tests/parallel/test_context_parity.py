@@ -12,9 +12,8 @@ from itertools import combinations, product
 import pytest
 
 from tests.parallel import context_jobs
-from tests.ranks import RankPool
 
-STEPS = 5
+STEPS = 3
 TOLERANCE = 1e-5
 
 CHOICES = {
@@ -51,15 +50,7 @@ ALL = [
 
 
 @pytest.fixture(scope="module")
-def many_ranks():
-    """Up to 8 processes, for tensor and context parallelism at once."""
-    pool = RankPool(size=8)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def one_rank(many_ranks, corpus):
+def one_rank(ranks, corpus):
     """The same run on one rank; computed once each."""
     cache = {}
 
@@ -67,7 +58,7 @@ def one_rank(many_ranks, corpus):
         key = (*model, *bounds, rows, global_batch)
         if key not in cache:
             args = (list(model), corpus, bounds, STEPS, rows, global_batch)
-            cache[key] = many_ranks.run(1, context_jobs.train_documents, *args)[0]
+            cache[key] = ranks.run(1, context_jobs.train_documents, *args)[0]
         return cache[key]
 
     return reference
@@ -101,14 +92,14 @@ def parallel(context, mode, layout, tensor, recompute, attention):
 
 @pytest.mark.parametrize(list(CHOICES), ALL)
 def test_matrix(
-    many_ranks, corpus, one_rank, context, mode, layout, documents, tensor, recompute, attention
+    ranks, corpus, one_rank, context, mode, layout, documents, tensor, recompute, attention
 ):
     model = ["model.ffn=dense", f"model.num_heads={HEADS[context]}"]
     bounds = context_jobs.DOCUMENTS[documents]
     overrides = [*model, *parallel(context, mode, layout, tensor, recompute, attention)]
     world = context * int(tensor[0])
     args = (overrides, corpus, bounds, STEPS)
-    found = many_ranks.run(world, context_jobs.train_documents, *args, global_batch=1)[0]
+    found = ranks.run(world, context_jobs.train_documents, *args, global_batch=1)[0]
     check(found, one_rank(model, bounds, global_batch=1))
 
 
@@ -161,10 +152,10 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_mixture_of_experts(many_ranks, corpus, one_rank, case):
+def test_mixture_of_experts(ranks, corpus, one_rank, case):
     world, overrides, bounds, rows = OTHERS[case]
     args = (overrides, corpus, bounds, STEPS, rows)
-    found = many_ranks.run(world, context_jobs.train_documents, *args)[0]
+    found = ranks.run(world, context_jobs.train_documents, *args)[0]
     check(found, one_rank([], bounds, rows))
 
 
@@ -182,10 +173,10 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants(many_ranks, corpus, one_rank, variant):
+def test_variants(ranks, corpus, one_rank, variant):
     model = ["model.ffn=dense", *VARIANTS[variant]]
     bounds = context_jobs.DOCUMENTS["uneven"]
     overrides = [*model, "parallel.context=4", "parallel.context_mode=state"]
     args = (overrides, corpus, bounds, STEPS)
-    found = many_ranks.run(4, context_jobs.train_documents, *args)[0]
+    found = ranks.run(4, context_jobs.train_documents, *args)[0]
     check(found, one_rank([o for o in model if "recompute" not in o], bounds))

@@ -153,7 +153,8 @@ TP_CP = ["parallel.tensor=2", "parallel.context=2"]
 
 
 def expert_loads(overrides: list[str], corpus: Any) -> torch.Tensor | None:
-    settings = ["data.packing=documents", "train.context=48", "train.global_batch=2", *overrides]
+    settings = ["data.packing=documents", "train.context=48", *overrides]
+    settings += ["train.global_batch=2", "train.micro_batch=1"]
     with jobs.trainer(settings, corpus) as run:
         padded, full = context_jobs.batch(BOUNDS, 1), context_jobs.batch(BOUNDS, 0)
         assert padded["padding_mask"].sum() == 15

@@ -10,20 +10,20 @@ TOLERANCE = 1e-5
 # name: (ranks, overrides)
 MOE_LAYOUTS = {
     "tp2": (2, ["parallel=tp2"]),
-    "pp2": (2, ["parallel=pp2"]),
-    "pp2_vpp2": (2, ["parallel=pp2_vpp2"]),
+    "pp2": (2, ["parallel=pp2", "train.micro_batch=1"]),
+    "pp2_vpp2": (2, ["parallel=pp2_vpp2", "train.micro_batch=1"]),
     "ep2": (2, ["parallel=ep2"]),
     "dp2": (2, []),
-    "cp2": (2, ["parallel.context=2", "train.micro_batch=2"]),
+    "cp2": (2, ["parallel.context=2"]),
     "dp2_plain_optimizer": (2, ["parallel.distributed_optimizer=false"]),
     "dp2_overlap": (
         2,
         ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
     ),
     "etp2": (2, ["parallel=tp2", "parallel.expert_tensor=2"]),
-    "tp2_pp2": (4, ["parallel=tp2_pp2"]),
+    "tp2_pp2": (4, ["parallel=tp2_pp2", "train.micro_batch=1"]),
     "tp2_ep2": (4, ["parallel=tp2_ep2"]),
-    "pp2_uneven": (2, ["parallel=pp2", "parallel.pipeline_layers=[1,3]"]),
+    "pp2_uneven": (2, ["parallel=pp2", "parallel.pipeline_layers=[1,3]", "train.micro_batch=1"]),
 }
 DENSE_LAYOUTS = {
     "tp2": (2, ["parallel=tp2"]),
@@ -31,8 +31,15 @@ DENSE_LAYOUTS = {
     "tp4_no_sp": (4, ["parallel.tensor=4", "parallel.sequence=false"]),
     "tp4": (4, ["parallel.tensor=4"]),
 }
-RECOMPUTE = {"none": [], "full": ["parallel.recompute=full"]}
-SELECTIVE = ["parallel.recompute=selective"]
+FULL = {"tp2", "pp2_vpp2", "ep2", "cp2", "etp2", "tp2_pp2", "tp2_no_sp"}
+"""Layouts that `make test` meets with recomputation of whole layers."""
+
+
+def with_recompute(layouts):
+    """Each layout without and with it."""
+    for layout in layouts:
+        yield layout, "none"
+        yield pytest.param(layout, "full", marks=() if layout in FULL else pytest.mark.parity)
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +65,17 @@ def check(found, expected, a_log=TOLERANCE):
         assert error < limit, f"{name}: relative gradient error {error:.2e}"
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+@pytest.mark.parametrize(("layout", "recompute"), with_recompute(MOE_LAYOUTS))
 def test_moe_model(ranks, corpus, one_rank, layout, recompute):
     world, overrides = MOE_LAYOUTS[layout]
-    overrides = [*overrides, *RECOMPUTE[recompute]]
+    overrides = [*overrides, f"parallel.recompute={recompute}"]
     check(ranks.run(world, jobs.train, overrides, corpus, STEPS, gradients=True)[0], one_rank())
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize(("layout", "recompute"), with_recompute(DENSE_LAYOUTS))
 def test_dense_model(ranks, corpus, one_rank, layout, recompute):
     world, overrides = DENSE_LAYOUTS[layout]
-    overrides = ["model.ffn=dense", *overrides, *RECOMPUTE[recompute]]
+    overrides = ["model.ffn=dense", *overrides, f"parallel.recompute={recompute}"]
     found = ranks.run(world, jobs.train, overrides, corpus, STEPS, gradients=True)[0]
     check(found, one_rank("model.ffn=dense"))
 
@@ -78,7 +83,7 @@ def test_dense_model(ranks, corpus, one_rank, layout, recompute):
 @pytest.mark.parametrize("layout", ["tp2", "tp2_pp2"])
 def test_selective_recompute(ranks, corpus, one_rank, layout):
     world, overrides = MOE_LAYOUTS[layout]
-    overrides = [*overrides, *SELECTIVE]
+    overrides = [*overrides, "parallel.recompute=selective"]
     check(ranks.run(world, jobs.train, overrides, corpus, STEPS, gradients=True)[0], one_rank())
 
 

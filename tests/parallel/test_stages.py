@@ -25,6 +25,7 @@ STAGES = (
 )
 RUN = [
     STAGES,
+    "train.micro_batch=1",
     "train.steps=null",
     "train.eval_batches=1",
     "model.mla.rope=true",
