@@ -23,7 +23,7 @@ SHAPES = {
     ),
     "dense": (96, ["model.num_heads=2", "model.ffn=dense", "model.num_layers=5"]),
     "latent-queries": (96, ["model.mla.q_lora_rank=24"]),
-    "rotary": (256, ["model.pattern=0:1", "model.mla.rope=true"]),
+    "rotary": (96, ["model.pattern=0:1", "model.mla.rope=true"]),
 }
 
 

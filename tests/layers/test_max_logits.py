@@ -13,7 +13,12 @@ from tests import jobs
 from tests.parallel import context_jobs
 
 TOLERANCE = 1e-5
-MODEL = ["model.ffn=dense", "model.pattern=[full,linear,linear,full]", "train.global_batch=2"]
+MODEL = [
+    "model.ffn=dense",
+    "model.pattern=[full,linear,linear,full]",
+    "train.global_batch=2",
+    "train.micro_batch=1",
+]
 MLA_LAYERS = (1, 4)
 PACKED = context_jobs.DOCUMENTS["uneven"]
 RING = "parallel.context_attention=ring"

@@ -126,7 +126,7 @@ def test_only_matrices_across_a_border_travel():
     six = buffer(weight(3_600, ((10, 60, 6, 600),)), bounds=(0, 4_000), ranks=4)
     # 600-1200 is cut at 1000 and 1800-2400 at 2000: 200 leave each; 3000 is a border.
     assert six.moved_elements == pytest.approx((200 + 200) / 4)
-    config = compose([*jobs.SMALL, "optim=muon"])
+    config = compose([*jobs.SMALL, "train.micro_batch=1", "optim=muon"])
     network = Network(config, validate(config, 4), load_cluster("h200x4"))
     assert network.matrices([six]).nvlink == pytest.approx(2 * 2 * 400 / 4)  # there and back, bf16
 

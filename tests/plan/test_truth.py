@@ -47,8 +47,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_memory_is_what_the_allocator_says(ranks, corpus, case):
     world, overrides = LAYOUTS[case]
-    if "pipeline" not in case:
-        overrides = [*overrides, "train.global_batch=2"]
+    batch = 4 if "pipeline" in case else 2
+    overrides = [*overrides, "train.micro_batch=1", f"train.global_batch={batch}"]
     measured = ranks.run(world, plan_jobs.measure, overrides, corpus, case in ALONE)
     config = compose([*jobs.SMALL, "data.paths=[x]", *overrides])
     derived, parallel = validate(config, world), config.parallel
