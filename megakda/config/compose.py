@@ -49,9 +49,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(recipes_dir()), version_base="1.3"):
-            tree = hydra_compose("config", overrides=list(overrides))
-        return from_tree(tree)
+        _check_stage_numbers(overrides)
+        return from_tree(_tree([_with_new_keys(override) for override in overrides]))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from None
     except AssertionError:  # OmegaConf's own, for an override that goes into a null
@@ -63,6 +62,37 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             "the whole, and here it is null; set the whole instead, as "
             "'schedule.stages=[{kind: cosine, steps: 10, to: 1e-4}]'"
         ) from None
+
+
+def _tree(overrides: list[str]) -> DictConfig:
+    with initialize_config_dir(str(recipes_dir()), version_base="1.3"):
+        return hydra_compose("config", overrides=overrides)
+
+
+def _with_new_keys(override: str) -> str:
+    """The override of a part of a stage as Hydra's `++`, for keys that the recipe leaves out.
+
+    What a stage knows no key for is refused where stages are read.
+    """
+    return f"++{override}" if override.startswith(_STAGES) else override
+
+
+_STAGES = "schedule.stages."
+
+
+def _check_stage_numbers(overrides: Sequence[str]) -> None:
+    """Overrides of parts of stages are of stages that there are."""
+    parts = [o for o in overrides if o.lstrip("+~").startswith(_STAGES)]
+    stages = _tree([o for o in overrides if o not in parts]).schedule.stages if parts else None
+    if stages is None:
+        return
+    for part in parts:
+        number = re.split(r"[.=]", part.lstrip("+~").removeprefix(_STAGES))[0]
+        if number not in map(str, range(len(stages))):
+            raise ConfigError(
+                f"{part}: the recipe has {len(stages)} stages, schedule.stages.0 to "
+                f"schedule.stages.{len(stages) - 1}; to have others set the whole list"
+            )
 
 
 def from_tree(tree: DictConfig) -> Config:

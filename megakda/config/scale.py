@@ -64,7 +64,13 @@ def scaled(config: Config) -> Config:
                 "null (scale=full) to scale nothing"
             )
     # What does not work on the fewest ranks works on no others.
-    validate(config, least_ranks(config.parallel))
+    try:
+        validate(config, least_ranks(config.parallel))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} (this is the run that is divided down; how long the small one is, "
+            f"scale.steps={scale.steps} says)"
+        ) from None
     if config.train.weights is not None:
         warnings.warn(
             f"train.weights={config.train.weights} is not used: a run divided down by scale.steps="

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megakda.config.schema import OptimConfig
 from megakda.models.params import count_parameters
 from megakda.plan.memory import StageMemory, kda_state_bytes
 from megakda.plan.planner import Phase, RunPlan, part_config
@@ -61,7 +63,7 @@ def describe_search(found: Searched) -> str:
     for number, proposal in enumerate(found.proposals, start=1):
         lines.append(
             f"{number:>2}. {proposal.reason}\n    "
-            + (" ".join(proposal.overrides) or "(the recipe as it is)")
+            + (shlex.join(proposal.overrides) or "(the recipe as it is)")
         )
     return "\n\n".join(lines)
 
@@ -157,7 +159,7 @@ def _head(plan: RunPlan) -> str:
         f"{plan.config.parallel.pipeline} x context {plan.config.parallel.context} x data "
         f"{derived.data_parallel}; experts over {plan.config.parallel.expert}, expert-data "
         f"{derived.expert_data_parallel}",
-        f"optimizer   {plan.config.optim.name}, "
+        f"optimizer   {plan.config.optim.name}, {_clipping(plan.config.optim)}"
         + (
             "sharded over data-parallel ranks"
             if plan.config.parallel.distributed_optimizer
@@ -165,6 +167,10 @@ def _head(plan: RunPlan) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _clipping(optim: OptimConfig) -> str:
+    return "" if optim.qk_clip is None else f"QK-Clip at {optim.qk_clip:g}, "
 
 
 def _memory(plan: RunPlan, phase: Phase) -> str:
@@ -290,7 +296,7 @@ def _time(phase: Phase) -> str:
             f"{duration(time.seconds)} a step, {tokens / time.seconds / 1e6:.2f}M tokens/s, "
             f"MFU {phase.mfu:.1%}. Biggest: {parts[0][0]}.",
             f"Model {phase.model_flops / 1e15:,.1f} PFLOP a step, computed "
-            f"{phase.hardware_flops / 1e15:,.1f} PFLOP with recomputation.",
+            f"{phase.hardware_flops / 1e15:,.1f} PFLOP with what is computed twice.",
         ]
     )
 

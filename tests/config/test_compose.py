@@ -88,6 +88,14 @@ COMPOSE_ERRORS = {
         ["schedule.stages.0.kind=cosine"],
         ["schedule.stages.0.kind=cosine", "null", "'schedule.stages=[{kind"],
     ),
+    "a stage that is not there": (
+        ["experiment=pretrain/kimi_linear_48b", "schedule.stages.5.steps=3"],
+        ["schedule.stages.5.steps=3", "has 5 stages", "schedule.stages.4", "whole list"],
+    ),
+    "a stage without a number": (
+        ["experiment=pretrain/kimi_linear_48b", "schedule.stages.last.steps=3"],
+        ["schedule.stages.last.steps=3", "has 5 stages"],
+    ),
     "an entry of no list": (["+data.weights.0=3"], ["+data.weights.0=3", "null"]),
 }
 
@@ -99,6 +107,16 @@ def test_composition_errors_name_key_value_and_remedy(case):
         compose(overrides)
     for text in expected:
         assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_a_part_of_a_stage_that_the_recipe_leaves_out(sign):
+    said = ["schedule.stages.1.tokens=861.0e9", "schedule.stages.4.data={packing: best_fit}"]
+    stages = compose(["experiment=pretrain/kimi_linear_48b", *(sign + o for o in said)])
+    expected = compose(["experiment=pretrain/kimi_linear_48b"]).schedule.stages
+    expected[1]["tokens"] = 861.0e9
+    expected[4]["data"] = {"packing": "best_fit"}
+    assert stages.schedule.stages == expected
 
 
 # case: overrides, ranks, what the message must say

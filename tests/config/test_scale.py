@@ -192,6 +192,10 @@ def test_what_is_smaller_stays_as_it_is():
             ["parallel.pipeline=2", "parallel.virtual_pipeline=0"],
             ["parallel.virtual_pipeline=0", "positive"],
         ),
+        (
+            ["experiment=ladder/653m_kimi_linear", "train.steps=3"],
+            ["train.steps=3", "train.tokens=38,800,000,000", "scale.steps=20"],
+        ),
         ([PRETRAIN, "train.micro_batch=7"], ["train.global_batch=7808", "multiple of"]),
         ([PRETRAIN, "parallel.pipeline_layers=null"], ["model.num_layers=27", "[7,7,7,6]"]),
     ],

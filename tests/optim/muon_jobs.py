@@ -41,6 +41,17 @@ def train(overrides: Sequence[str], corpus: Any, steps: int) -> dict:
         }
 
 
+def assignment(overrides: Sequence[str], corpus: Any) -> list[str]:
+    """The table, after a look at whether each of this rank's parameters is assigned once."""
+    from megakda.optim.matrices import assignment_table
+
+    with jobs.trainer([*MUON, *overrides], corpus) as run:
+        params = [param for chunk in run.chunks for param in chunk.parameters()]
+        assert len(params) == len(run.assignments)
+        assert set(params) == {assignment.param for assignment in run.assignments}
+        return assignment_table(run.assignments)
+
+
 @contextmanager
 def small_buckets(size: int) -> Iterator[None]:
     """Gradient buckets of about `size` elements, for models too small to have several."""

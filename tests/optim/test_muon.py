@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megakda.config import compose
+from megakda.metrics.writers import read_metrics
+from megakda.models.params import count_parameters
 from megakda.optim.matrices import Block, Matrix
 from megakda.optim.matrix_exchange import Held, choose_owners
 from megakda.optim.newton_schulz import orthogonalize
@@ -65,6 +68,19 @@ def test_twenty_steps_are_those_of_the_reference(ranks, corpus):
 
 def test_update_is_torch_muons(ranks):
     assert ranks.run(1, muon_jobs.against_torch, 20)[0] < 1e-6
+
+
+@pytest.mark.parametrize("overrides", [[], ["parallel=pp2_vpp2"], ["parallel=ep2"]])
+def test_every_parameter_has_one_optimizer_and_a_line_in_the_table(ranks, corpus, overrides):
+    world = 2 if overrides else 1
+    heading, *rows = ranks.run(world, muon_jobs.assignment, overrides, corpus)[0]
+    assert heading.split() == ["component", "optimizer", "tensors", "matrices", "parameters"]
+    table = {row.split()[0]: row.split()[1:] for row in rows}
+    count = count_parameters(compose([*jobs.SMALL, *overrides]).model)
+    assert sum(int(row[-1].replace(",", "")) for row in table.values()) == count.total
+    assert table["experts"][:3] == ["muon", "6", "72"]  # gate, up and down of 8 in 3 layers
+    adamw = {name for name, row in table.items() if row[0] == "adamw"}
+    assert adamw == {"embedding", "lm_head", "convolutions", "decays", "norms"}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +159,7 @@ def test_tensor_parallel_gather_is_counted_apart(ranks, corpus):
     assert sum(rank["matrices"] for rank in moved) <= gather + 0.25 * 2 * parameters
 
 
-RUN = [*MUON, "schedule.warmup_steps=2", "optim.qk_clip=0.08"]
+RUN = [*MUON, "schedule.warmup_steps=2", "optim.qk_clip=0.08", "logging.telemetry_every=2"]
 SAME = {
     "one_bf16": (1, ["precision=bf16"]),
     "dp2_plain": (2, ["parallel.distributed_optimizer=false"]),
@@ -166,6 +182,11 @@ def test_resume_is_bit_exact(ranks, corpus, tmp_path, layout):
     assert parts["loss"] == whole["loss"]
     for name, weight in whole["weights"].items():
         assert torch.equal(parts["weights"][name], weight), name
+    rows = read_metrics(tmp_path / "parts" / "metrics.jsonl")
+    assert rows[0]["qk_clip_share"] > 0  # or nothing would be shown of clipped weights
+    assert all(list(row["max_logit"]) == ["4"] for row in rows)
+    for row in rows[1::2]:
+        assert set(row["update_rms"]) == set(row["weight_rms"]) >= {"experts", "norms"}
 
 
 def test_another_optimizer_does_not_go_on(ranks, corpus, tmp_path):

@@ -107,6 +107,10 @@ LAYOUTS = {
     "cp2_ring": (2, ["parallel.context=2", "parallel.context_attention=ring"]),
     "dp2_packed": (2, ["data.packing=best_fit"]),
     "dp2_adamw": (2, ["optim=adamw"]),
+    "dp2_overlap": (
+        2,
+        ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
+    ),
     "ep2_recompute": (2, ["parallel=ep2", "parallel.recompute=full"]),
 }
 

@@ -10,6 +10,7 @@ import torch
 
 from megakda.config import compose, validate
 from megakda.data.datasets import prepare_data
+from megakda.data.preprocess import preprocess
 from megakda.errors import ConfigError, DataError
 from tests import jobs
 
@@ -172,6 +173,35 @@ def test_rope_tables_follow_the_length(ranks, corpus):
     )
     found = ranks.run(1, losses, [stages, "train.steps=null", "optim.lr=1e-30"], str(corpus))[0]
     assert torch.allclose(torch.tensor(found[1:]), torch.tensor(expected), rtol=1e-6)
+
+
+def test_a_blend_of_a_stage(ranks, corpus, tmp_path):
+    """Its sequences come from both corpora, in the shares that its weights say."""
+    other = tmp_path / "other"
+    (tmp_path / "other.txt").write_text("0123456789012345\n" * 5_000)
+    text = [tmp_path / "other.txt"]
+    preprocess(text, other, "byte", document="line", workers=1, progress=False)
+    stages = (
+        "schedule.stages=[{kind: constant, steps: 1},"
+        f"{{kind: constant, steps: 8, data: {{paths: [{corpus}, {other}], weights: [1, 3]}}}}]"
+    )
+    first, *blended = ranks.run(1, digits, [stages, "train.steps=null"], str(corpus))[0]
+    assert first == 0
+    assert sum(blended) == pytest.approx(0.75 * 8 * 4, abs=6)
+
+
+def digits(overrides: list[str], corpus: str) -> list[int]:
+    """Of every step, how many of its sequences are nothing but digits."""
+    found = []
+    with jobs.trainer(overrides, corpus) as run:
+        allowed = torch.tensor([*b"0123456789", run.tokenizer.eod])
+        for _ in range(run.timetable.steps):
+            (source,) = run.batches()
+            batches = [next(source), next(source)]
+            rows = [row for batch in batches for row in batch["tokens"]]
+            found.append(sum(bool(torch.isin(row, allowed).all()) for row in rows))
+            assert run.step([iter(batches)]).problem is None
+    return found
 
 
 def losses(overrides: list[str], corpus: str) -> list[float]:
