@@ -58,6 +58,6 @@ def test_greedy_continuations_are_identical(ranks, tmp_path, shape):
         model.generation_config.eos_token_id = None
         out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
         expected.append(out[0, len(prompt) :].tolist())
-    assert len(set(expected[0])) > 10  # no repetition of one token, which any model could agree on
+    assert len(set(expected[0])) > 4  # no repetition of one token, which any model could agree on
     assert answers(str(run), prompts, tokens) == expected
     assert answers(str(folder), prompts, tokens) == expected

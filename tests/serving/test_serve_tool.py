@@ -68,7 +68,8 @@ def test_from_a_run_to_a_server_and_back(ranks, corpus, tmp_path):
             assert "stopping; 1 requests have 20 s" in process.stdout.read()
         finally:
             process.kill()
-    assert log.read_text() == ""
+    # A CUDA build of torch says that there is no GPU.
+    assert [line for line in log.read_text().splitlines() if "CUDA_HOME" not in line] == []
 
 
 @pytest.mark.parametrize(

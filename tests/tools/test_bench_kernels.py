@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +291,7 @@ def test_reports(tmp_path):
     assert command.sequences(here, path, ["python", "x"]) == 1  # one side was wrong
     content = json.loads(path.read_text())
     assert content["environment"]["command"] == "python x" and content["gate"] == "none"
-    assert content["environment"]["versions"]["torch"] == torch.__version__
+    assert content["environment"]["versions"]["torch"] == metadata.version("torch")
     assert content["environment"]["hardware"]["cores"] == os.cpu_count()
     assert len(content["environment"]["load_average"]) == 3
     ours = [row for row in content["rows"] if row["side"] == "megakda"]
