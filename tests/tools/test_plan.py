@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_searches_and_prints_the_overrides(tool, capsys, tmp_path):
     assert written["given"]["fits"] and written["given"]["seconds"] >= found[0]["seconds"]
     assert len(found) == 3
     for proposal in found:
-        assert " ".join(proposal["overrides"]) in printed
+        assert shlex.join(proposal["overrides"]) in printed  # ready to paste
         assert proposal["reason"] in printed
 
 
