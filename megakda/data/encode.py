@@ -281,7 +281,7 @@ def _work(job: Job, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     tokenizer = load_tokenizer(job.tokenizer)
     read = reader(job, tokenizer)
-    with suppress(EOFError, OSError):  # a parent that was killed has closed its end
+    with suppress(EOFError, ConnectionError):  # a parent that was killed has closed its end
         while True:
             pipe.send(_encode_block(pipe.recv(), job, tokenizer, read))
 

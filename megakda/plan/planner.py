@@ -79,6 +79,11 @@ class RunPlan:
         return sum(phase.steps * phase.time.seconds for phase in self.phases)
 
     @property
+    def longest_phase(self) -> Phase:
+        """The part of the run that takes most of its time."""
+        return max(self.phases, key=lambda phase: phase.steps * phase.time.seconds)
+
+    @property
     def gpu_hours(self) -> float:
         return self.seconds * self.cluster.gpus / 3600
 

@@ -43,7 +43,7 @@ def describe_search(found: Searched) -> str:
             _layout(p.plan),
         ]
         for number, p in enumerate(found.proposals, start=1)
-        for main in [longest_phase(p.plan)]
+        for main in [p.plan.longest_phase]
     ]
     header = ["", "step", "speed", "MFU", "memory", "GPU-hours", "layout"]
     lines = [
@@ -52,7 +52,7 @@ def describe_search(found: Searched) -> str:
     ]
     if given:
         lines.append(
-            f"The recipe as it is, speed 1: {duration(longest_phase(given).time.seconds)} a step, "
+            f"The recipe as it is, speed 1: {duration(given.longest_phase.time.seconds)} a step, "
             f"{size(given.bytes)}{'' if given.fits else ', which does not fit'}, {_layout(given)}"
         )
     lines += found.notes
@@ -85,11 +85,6 @@ def _hours(plan: RunPlan) -> str:
 def _unit(most: float) -> tuple[str, int]:
     """For a table of bytes up to `most`."""
     return ("GiB", GIB) if most >= GIB / 10 else ("MiB", MIB)
-
-
-def longest_phase(plan: RunPlan) -> Phase:
-    """The part of the run that takes most of its time."""
-    return max(plan.phases, key=lambda phase: phase.steps * phase.time.seconds)
 
 
 def as_data(plan: RunPlan) -> dict[str, Any]:

@@ -319,7 +319,7 @@ def _text(value: object) -> str:
 
 def reason_of(plan: RunPlan) -> str:
     """What takes the most time besides computing, and how near memory is to its bound."""
-    phase = max(plan.phases, key=lambda p: p.steps * p.time.seconds)
+    phase = plan.longest_phase
     time, parallel = phase.time, plan.config.parallel
     waits = {
         name: seconds
